@@ -1,0 +1,115 @@
+"""Multi-head self-attention: plain, with a relative position bias, and with AMM, through PyTorch's fused kernels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.amm import amm_matrix
+
+
+class RelativePositionBias(nn.Module):
+    """A learned score bias for every offset between two tokens of a grid (Liu et al. 2021, Swin Transformer, eq. 4)."""
+
+    def __init__(self, grid: int, num_heads: int):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * grid - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        row, column = row.flatten(), column.flatten()
+        offset = (row[:, None] - row + grid - 1) * (2 * grid - 1) + (column[:, None] - column + grid - 1)
+        self.register_buffer("index", offset, persistent=False)  # (N, N): [query, key]
+
+    def forward(self) -> Tensor:
+        """(H, N, N)."""
+        return self.relative_position_bias_table.t()[:, self.index]
+
+
+def _padded_head_dim(head_dim: int, device: torch.device) -> int:
+    """CUDA's fused kernels take head dimensions that are multiples of 8 (EDT's is 52)."""
+    return -(-head_dim // 8) * 8 if device.type == "cuda" else head_dim
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v. q, k, v: (B, H, N, head_dim); bias broadcasts to (B, H, N, N_keys)."""
+    head_dim = q.shape[-1]
+    padding = _padded_head_dim(head_dim, q.device) - head_dim
+    if padding:
+        q, k, v = (F.pad(tensor, (0, padding)) for tensor in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=head_dim**-0.5)
+    return out[..., :head_dim] if padding else out
+
+
+class Attention(nn.Module):
+    """Self-attention over N = grid^2 tokens.
+
+    position_bias: add a learned :class:`RelativePositionBias`. amm: None, "exp" or "cos"; in eval mode the attention
+    probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising.
+
+    AMM through a fused softmax: with c = max M, every key appears twice, once with score s + log M and its value v, once with
+    score s + log(c - M) and value 0. The denominator is then c * sum(exp s) and the numerator sum(exp(s) M v), so c times the
+    result is the wanted one; nothing of size (B, H, N, N) is stored.
+    """
+
+    def __init__(self, width: int, num_heads: int, grid: int, *, position_bias: bool = True, amm: str | None = None):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"the width {width} is not divisible by the number of heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if position_bias:
+            self.rel_pos_bias = RelativePositionBias(grid, num_heads)
+        self.amm = amm
+        if amm:
+            matrix = amm_matrix(grid, amm, torch.float64)
+            self.amm_max = matrix.max().item()
+            logs = torch.cat([matrix.log(), (self.amm_max - matrix).log()], dim=1).float()
+            self.register_buffer("amm_log", logs, persistent=False)  # (N, 2N)
+        self._cached_bias: Tensor | None = None
+        self._cache_key: tuple | None = None
+
+    def score_bias(self) -> Tensor | None:
+        """What is added to the scores: None, (1, H, N, N), or with active AMM (1, 1 or H, N, 2N).
+
+        Expanded at each call where a gradient may be wanted; otherwise once, and again whenever the table's values, device or
+        the working precision have changed.
+        """
+        table = self.rel_pos_bias.relative_position_bias_table if hasattr(self, "rel_pos_bias") else None
+        if table is None and not self.amm_is_active:
+            return None
+        device = self.proj.weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.proj.weight.dtype
+        if torch.is_grad_enabled() or (table is not None and table.is_inference()):
+            return self._expand_bias().to(dtype)
+        key = (device, dtype, None if table is None else (id(table), table.data_ptr(), table._version))
+        if key != self._cache_key:
+            self._cached_bias, self._cache_key = self._expand_bias().to(dtype), key
+        return self._cached_bias
+
+    def train(self, mode: bool = True) -> "Attention":
+        """A change of mode drops the cache: it changes AMM, and it covers writes through ``.data``, which leave no trace."""
+        self._cached_bias = self._cache_key = None
+        return super().train(mode)
+
+    @property
+    def amm_is_active(self) -> bool:
+        return bool(self.amm) and not self.training
+
+    def _expand_bias(self) -> Tensor:
+        bias = self.rel_pos_bias()[None] if hasattr(self, "rel_pos_bias") else None  # (1, H, N, N)
+        if not self.amm_is_active:
+            return bias
+        logs = self.amm_log[None, None]
+        return logs if bias is None else torch.cat([bias, bias], dim=-1) + logs
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned; it is an argument so that a compiled block
+        contains neither the cache nor its test."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D/H)
+        if self.amm_is_active:
+            k, v = torch.cat([k, k], dim=2), torch.cat([v, torch.zeros_like(v)], dim=2)
+        x = fused_attention(q, k, v, bias)
+        if self.amm_is_active:
+            x = x * self.amm_max
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))

@@ -1,0 +1,165 @@
+"""Checkpoint files -> weights and the network that fits them. Nothing but tensors and plain values is ever unpickled."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from models.amm import AMM
+from models.edt import EDT, config_from_state, is_edt_state
+from models.registry import CONFIGS, model_config, resolve_amm
+
+WEIGHT_KEYS = ("ema", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's weights and what the file says about them."""
+
+    path: Path
+    state: dict[str, Tensor]
+    model: str | None  # the registered name, None where the sizes fit no registered model
+    config: object  # the model's config dataclass
+    codec: dict = field(default_factory=dict)  # name and scale of the latent codec; empty where the file does not say
+    class_names: tuple[str, ...] = ()
+    step: int | None = None
+
+
+def read_file(path: str | os.PathLike) -> dict:
+    """The whole content of a ``.pt`` or ``.safetensors`` file, on the CPU (a ``.pt`` in zip format is memory-mapped).
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, is no checkpoint, or holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise ValueError(f"{path} holds pickled objects other than tensors, which could run code: refused") from None
+        raise ValueError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def load_checkpoint(path: str | os.PathLike, which: str = "ema") -> dict[str, Tensor]:
+    """The state dict of a checkpoint.
+
+    which: "ema" or "model", for files that hold both; a bare state dict is returned as it is. Raises as :func:`read_file`.
+    """
+    return _weights(read_file(path), path, which)
+
+
+def read_checkpoint(path: str | os.PathLike, which: str = "ema") -> Checkpoint:
+    """:func:`load_checkpoint`, with the model's config: as the file states it, else inferred from keys and shapes."""
+    content = read_file(path)
+    state = _weights(content, path, which)
+    stated = content.get("config")
+    if isinstance(stated, dict) and stated.get("model") in CONFIGS:
+        name = stated["model"]
+        config = model_config(name, **stated["model_config"])
+    elif is_edt_state(state):
+        config = config_from_state(state)
+        name = next((name for name, (_, known) in CONFIGS.items() if known.widths == config.widths), None)
+    else:
+        raise ValueError(f"{path} holds weights of no model known here; the models are {', '.join(CONFIGS)}")
+    stated = stated if isinstance(stated, dict) else {}
+    return Checkpoint(
+        path=Path(path),
+        state=state,
+        model=name,
+        config=config,
+        codec=stated.get("codec", {}),
+        class_names=tuple(stated.get("class_names", ())),
+        step=content.get("step"),
+    )
+
+
+def describe(name: str, config: object, *, codec: dict, class_names: tuple[str, ...]) -> dict:
+    """The ``config`` entry of our checkpoints: plain values that :func:`read_checkpoint` turns back into a model."""
+    return {
+        "model": name,
+        "model_config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "codec": codec,
+        "class_names": list(class_names),
+        "objective": "gaussian",
+    }
+
+
+def build_model(
+    checkpoint: Checkpoint, *, name: str | None = None, amm: AMM | str | bool | None = False, cfg_scale: float = 1.0
+) -> nn.Module:
+    """The network of a checkpoint, in eval mode, with its weights.
+
+    name: what the user believes it is; ValueError where the file holds another model. amm: as in :func:`models.create_model`;
+    True takes the placement published for this model and guidance scale.
+    """
+    if name is not None:
+        asked = model_config(name)
+        if name != checkpoint.model and asked.widths != checkpoint.config.widths:
+            held = checkpoint.model or f"a model of widths {checkpoint.config.widths}"
+            raise ValueError(f"{checkpoint.path} holds {held}, not {name}: leave the model's name out, or pass the right file")
+    amm = resolve_amm(name or checkpoint.model or "this model", amm, cfg_scale, checkpoint.config.input_size)
+    model = EDT(checkpoint.config, amm)
+    load_weights(model, checkpoint.state, checkpoint.path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """``load_state_dict``, strictly, with a ValueError that names the file and the first differences."""
+    expected = model.state_dict()
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is not a weight of this model" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, the model's is {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(state)
+
+
+def warm_start(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Load a checkpoint into a model for another dataset: all but the label table, which is loaded only if the number of
+    classes is the same. Returns whether it was. Raises ValueError where anything else differs."""
+    key = "y_embedder.embedding_table.weight"
+    state = dict(checkpoint.state)
+    fresh = model.state_dict()[key]
+    same_classes = key in state and state[key].shape == fresh.shape
+    if not same_classes:
+        state[key] = fresh
+    load_weights(model, state, checkpoint.path)
+    return same_classes
+
+
+def _weights(content: dict, path: str | os.PathLike, which: str) -> dict[str, Tensor]:
+    if which not in WEIGHT_KEYS:
+        raise ValueError(f"which must be one of {WEIGHT_KEYS}, got {which!r}")
+    found = [key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
+    if found and which not in found:
+        raise ValueError(f"{path} holds {', '.join(found)}, but no {which} weights")
+    state = content[which] if found else content
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict; its entries are {', '.join(list(map(str, content))[:8])}")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__

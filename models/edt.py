@@ -1,0 +1,288 @@
+"""EDT: a U-shaped diffusion transformer (Chen et al. 2024, "EDT: An Efficient Diffusion Transformer Framework Inspired by
+Human-like Sketching").
+
+Five stages: two go down (each followed by a 2x2 token merge), one stays in the middle, two go up again with skip connections.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.amm import AMM
+from models.attention import Attention
+from models.layers import (
+    AdaLN,
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    fixed_table,
+    guide,
+    init_weights,
+    modulate,
+    normalize,
+)
+
+NUM_STAGES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    depth: int
+    width: int
+    num_heads: int
+    grid: int  # tokens per side
+
+
+class MaskPlace(NamedTuple):
+    """A place of the masked pass: tokens before it are dropped with one probability ~ U(low, high) per pass."""
+
+    num_tokens: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDTConfig:
+    """Depth, width and number of heads of the stages down, down, middle, up, up; the sides of input and patch in latent
+    pixels."""
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    num_classes: int = 1000
+    learn_sigma: bool = True  # twice the channels come out: eps, then the variance's interpolation
+    mlp_ratio: float = 4.0
+    early_mask_block: int | None = None  # masked pass: also replace tokens by the position table before this block of stage 0
+    label_std: float = 0.02  # initialisation of the label table
+
+    def __post_init__(self):
+        for name in ("depths", "widths", "num_heads"):
+            value = getattr(self, name)
+            value = (value,) * NUM_STAGES if isinstance(value, int) else tuple(value)
+            if len(value) != NUM_STAGES or min(value) < 1:
+                raise ValueError(f"{name} must be {NUM_STAGES} positive numbers, one a stage, got {value}")
+            object.__setattr__(self, name, value)
+        if self.input_size % (4 * self.patch_size):
+            raise ValueError(
+                f"EDT halves its token grid twice: input_size must be divisible by {4 * self.patch_size}, got {self.input_size}"
+            )
+        if self.widths[0] != self.widths[4] or self.widths[1] != self.widths[3]:
+            raise ValueError(f"stages on the same level must be equally wide, got widths {self.widths}")
+        if self.early_mask_block is not None and not 0 <= self.early_mask_block < self.depths[0]:
+            raise ValueError(f"early_mask_block {self.early_mask_block} is not a block of stage 0 (depth {self.depths[0]})")
+        if self.num_classes < 1 or self.in_channels < 1:
+            raise ValueError(f"num_classes and in_channels must be positive, got {self.num_classes} and {self.in_channels}")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        top = self.input_size // self.patch_size
+        grids = (top, top // 2, top // 4, top // 2, top)
+        rows = zip(self.depths, self.widths, self.num_heads, grids, strict=True)
+        return tuple(Stage(depth=d, width=w, num_heads=h, grid=g) for d, w, h, g in rows)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def mask_places(self) -> tuple[MaskPlace, ...]:
+        """Where the masked pass drops tokens, in order: (XL: inside stage 0,) then the two DownSamples."""
+        first, second = self.stages[0].grid ** 2, self.stages[1].grid ** 2
+        early = () if self.early_mask_block is None else (MaskPlace(first, 0.15, 0.25),)
+        return (*early, MaskPlace(first, 0.4, 0.5), MaskPlace(second, 0.1, 0.2))
+
+
+EDT_CONFIGS = {
+    "EDT-S/2": EDTConfig(depths=(2, 2, 2, 3, 3), widths=(312, 416, 520, 416, 312), num_heads=(6, 8, 10, 8, 6)),
+    "EDT-B/2": EDTConfig(depths=(2, 2, 2, 3, 3), widths=(624, 832, 1040, 832, 624), num_heads=(12, 16, 20, 16, 12)),
+    # The depths of the released code. The paper's parameters and GMAC fit others, such as (6, 5, 4, 7, 6): pass depths=...;
+    # loading a checkpoint infers them from its keys.
+    "EDT-XL/2": EDTConfig(
+        depths=(6, 4, 4, 7, 7), widths=(936, 1248, 1560, 1248, 936), num_heads=(18, 24, 30, 24, 18), early_mask_block=4
+    ),
+    # Ours, for one CPU and tiny images. A label table of standard deviation 0.02 is hardly learnt in the demo's short training.
+    "EDT-Ti/2": EDTConfig(
+        depths=(1, 1, 2, 1, 1),
+        widths=(72, 96, 120, 96, 72),
+        num_heads=(3, 4, 5, 4, 3),
+        input_size=16,
+        in_channels=3,
+        num_classes=10,
+        label_std=1.0,
+    ),
+}
+
+
+def is_edt_state(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict has EDT's groups of keys."""
+    return {"down_blocks.0.reduction.weight", "up_blocks.0.expand.weight", "concat_blocks.0.cat.weight"} <= state.keys()
+
+
+def config_from_state(state: dict[str, Tensor]) -> EDTConfig:
+    """Infer an EDT's config from the keys and shapes of its state dict: also the depths, which differ between published files.
+
+    Raises ValueError where neighbouring stages are equally wide, since the keys do not tell them apart then.
+    """
+    runs: list[list[int]] = []  # [width, heads, depth] of each stage
+    while (key := f"blocks.{sum(run[2] for run in runs)}.attn") + ".qkv.weight" in state:
+        width, heads = state[key + ".qkv.weight"].shape[1], state[key + ".rel_pos_bias.relative_position_bias_table"].shape[1]
+        if runs and runs[-1][0] == width:
+            runs[-1][2] += 1
+        else:
+            runs.append([width, heads, 1])
+    if len(runs) != NUM_STAGES:
+        raise ValueError(f"the blocks have {len(runs)} different widths in a row, an EDT has {NUM_STAGES} stages")
+    widths, num_heads, depths = zip(*runs, strict=True)
+    _, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    grid = math.isqrt(state["pos_embed"].shape[1])
+    return EDTConfig(
+        depths=depths,
+        widths=widths,
+        num_heads=num_heads,
+        input_size=grid * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        learn_sigma=len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2,
+        mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / widths[0],
+    )
+
+
+class DownSample(nn.Module):
+    """Merge 2x2 neighbours: (B, N, D) -> (B, N/4, D_out)."""
+
+    def __init__(self, below: Stage, above: Stage, cond_width: int):
+        super().__init__()
+        self.grid = above.grid
+        self.adaLN_modulation = AdaLN(cond_width, 4 * above.width, 2)
+        self.reduction = nn.Linear(4 * above.width, below.width, bias=False)
+        self.pos_embed = fixed_table(below.width, below.grid)
+
+    def _merge(self, x: Tensor) -> Tensor:
+        """(B, N, ...) -> (B, N/4, 4, ...), the neighbours in the (row, column) order (0,0), (1,0), (0,1), (1,1)."""
+        n = self.grid // 2
+        x = x.unflatten(1, (n, 2, n, 2))  # (B, row, row offset, column, column offset, ...)
+        return x.transpose(2, 3).transpose(3, 4).flatten(3, 4).flatten(1, 2)
+
+    def forward(self, x: Tensor, c: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep (B, N) bool: False drops a token of the grid before merging: its quarter is zeroed before the reduction."""
+        shift, scale = self.adaLN_modulation(c)
+        x = modulate(normalize(self._merge(x).flatten(2)), shift, scale)  # (B, N/4, 4D)
+        if keep is not None:
+            x = (x.unflatten(2, (4, -1)) * self._merge(keep)[..., None]).flatten(2)
+        return self.reduction(x) + self.pos_embed
+
+
+class UpSample(nn.Module):
+    """Split every token into 2x2: (B, N, D) -> (B, 4N, D_out)."""
+
+    def __init__(self, below: Stage, above: Stage):
+        super().__init__()
+        self.grid = below.grid
+        self.expand = nn.Linear(below.width, 4 * above.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.grid
+        x = self.expand(x).view(x.shape[0], n, n, 2, 2, -1)  # (B, row, column, row offset, column offset, D_out)
+        return x.transpose(2, 3).reshape(x.shape[0], 4 * n * n, -1)
+
+
+class ConcatLayer(nn.Module):
+    """Join a skip connection: x and skip (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, stage: Stage, cond_width: int):
+        super().__init__()
+        self.adaLN_modulation = AdaLN(cond_width, 2 * stage.width, 2)
+        self.cat = nn.Linear(2 * stage.width, stage.width)
+        self.pos_embed = fixed_table(stage.width, stage.grid)
+
+    def forward(self, x: Tensor, skip: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)
+        return self.cat(modulate(normalize(torch.cat([x, skip], dim=2)), shift, scale)) + self.pos_embed
+
+
+class EDT(nn.Module):
+    """See :meth:`forward`. amm: the blocks whose attention is modulated in eval mode, or None."""
+
+    def __init__(self, config: EDTConfig, amm: AMM | None = None):
+        super().__init__()
+        self.config = config
+        stages = config.stages
+        modulated = set(amm.blocks) if amm else set()
+        if modulated - set(range(sum(config.depths))):
+            raise ValueError(f"AMM at block(s) {amm.blocks}: this model has blocks 0 to {sum(config.depths) - 1}")
+        width = stages[0].width  # of the conditioning as well
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.pos_embed = fixed_table(width, stages[0].grid)
+        self.blocks = nn.ModuleList()
+        for stage in stages:
+            for _ in range(stage.depth):
+                form = amm.form if len(self.blocks) in modulated else None
+                attention = Attention(stage.width, stage.num_heads, stage.grid, amm=form)
+                self.blocks.append(Block(stage.width, width, attention, config.mlp_ratio))
+        self.down_blocks = nn.ModuleList(DownSample(stages[i + 1], stages[i], width) for i in (0, 1))
+        self.up_blocks = nn.ModuleList(UpSample(stages[i - 1], stages[i]) for i in (3, 4))
+        self.concat_blocks = nn.ModuleList(ConcatLayer(stages[i], width) for i in (3, 4))
+        self.final_layer = FinalLayer(width, width, config.patch_size, config.out_channels)
+        init_weights(self, config.label_std)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, keep_masks: Sequence[Tensor] | None = None) -> Tensor:
+        """Predict noise and variance.
+
+        x: (B, C, S, S) noisy latents. t: (B,) timesteps in [0, 1000). y: (B,) labels, num_classes for "none".
+        keep_masks: None, or for the masked pass one bool (B, num_tokens) for each of ``config.mask_places``, False = dropped.
+        Returns (B, C_out, S, S). Raises ValueError for inputs or masks of another size than the model's.
+        """
+        config = self.config
+        if x.shape[1:] != (config.in_channels, config.input_size, config.input_size):
+            expected = (config.in_channels, config.input_size, config.input_size)
+            raise ValueError(f"the model takes latents of shape {expected}, got {tuple(x.shape[1:])}")
+        early_keep, *down_keeps = self._split_masks(keep_masks)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        x = self.x_embedder(x) + self.pos_embed
+        blocks, skips = iter(self.blocks), []
+        for i, stage in enumerate(config.stages):
+            if i < 2:
+                skips.append(x)
+            elif i > 2:
+                x = self.concat_blocks[i - 3](self.up_blocks[i - 3](x), skips.pop(), c)
+            for j in range(stage.depth):
+                if early_keep is not None and i == 0 and j == config.early_mask_block:
+                    x = torch.where(early_keep[..., None], x, self.pos_embed)
+                block = next(blocks)
+                x = block(x, c, block.attn.score_bias())
+            if i < 2:
+                x = self.down_blocks[i](x, c, down_keeps[i])
+        return self.final_layer(x, c)
+
+    def _split_masks(self, keep_masks: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
+        """-> (early, first DownSample, second DownSample), None where nothing is dropped."""
+        if keep_masks is None:
+            return None, None, None
+        places = self.config.mask_places
+        if [mask.shape[1] for mask in keep_masks] != [place.num_tokens for place in places]:
+            shapes = [tuple(mask.shape) for mask in keep_masks]
+            raise ValueError(f"this model drops tokens at grids of {[p.num_tokens for p in places]} tokens, got masks {shapes}")
+        return keep_masks if len(places) == 3 else (None, *keep_masks)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
+        """Classifier-free guidance. x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.
+
+        channels: guide the first 3 (as published) or, with None, all channels. Returns (2B, C_out, S, S), guided in both
+        halves.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        # The variance channels are never guided: they are no prediction of the noise.
+        return guide(out, cfg_scale, self.config.in_channels if channels is None else channels)

@@ -1,0 +1,107 @@
+"""Command lines: one parser for all scripts, and errors a user can read.
+
+Flags may be written with ``_`` or ``-``; booleans take ``--amm``, ``--amm True``, ``--amm False`` and ``--no-amm``;
+unknown and abbreviated flags are errors. A mistake on the command line ends with exit code 2, anything else a user can cause
+(ValueError, OSError, a lack of memory) with a one-line message and exit code 1.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import torch
+
+TRUE_WORDS, FALSE_WORDS = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default only where it says something: not None, and not the False of a switch."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class BooleanFlag(argparse.Action):
+    """``--flag``, ``--flag True|False``, ``--no-flag``."""
+
+    def __init__(self, option_strings, dest, default=False, help=None, **kwargs):
+        negations = ["--no-" + option[2:] for option in option_strings if option.startswith("--")]
+        super().__init__([*option_strings, *negations], dest, nargs="?", default=default, help=help, metavar="BOOL")
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        negated = option_string.startswith("--no-")
+        if value is None:
+            setattr(namespace, self.dest, not negated)
+        elif negated:
+            parser.error(f"{option_string} takes no value, got {value!r}")
+        elif value.lower() in TRUE_WORDS | FALSE_WORDS:
+            setattr(namespace, self.dest, value.lower() in TRUE_WORDS)
+        else:
+            parser.error(f"{option_string} takes True or False, got {value!r}")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with the project's conventions (see the module docstring)."""
+
+    def __init__(self, description: str, **kwargs):
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashes(arg) for arg in args], namespace)
+
+
+def _dashes(arg: str) -> str:
+    """``--cfg_scale=1.5`` -> ``--cfg-scale=1.5``; anything that is not a long flag is left alone."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def number(kind: type, minimum: float, *, exclusive: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float not below (or, exclusive, strictly above) ``minimum``."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not (value > minimum if exclusive else value >= minimum) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {minimum} and finite")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+non_negative_int = number(int, 0)
+positive_float = number(float, 0.0, exclusive=True)
+non_negative_float = number(float, 0.0)
+
+
+def run(main: Callable[[Sequence[str] | None], None]) -> None:
+    """Call a script's ``main`` and turn what a user can cause into one line on stderr and exit code 1.
+
+    ``TRACEBACK=1`` in the environment shows where it came from.
+    """
+    try:
+        main(None)
+    except torch.OutOfMemoryError as error:
+        _fail(f"the device ran out of memory: lower the batch size or the micro-batch size ({str(error).splitlines()[0]})")
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+
+
+def _fail(message: str, code: int = 1) -> None:
+    if os.environ.get("TRACEBACK"):
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)

@@ -1,0 +1,48 @@
+"""Randomness as a function: every draw is determined by (seed, purpose, index, step), never by what was drawn before.
+
+Philox (Salmon et al. 2011) is a counter-based generator: its key is (seed, purpose), its counter starts at (0, index, step,
+0), so that each sample of each step has a stream of 2^64 blocks of its own. Draws therefore do not depend on the number of
+processes, on the batch size, on the device, or on a restart.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The numbers are part of every published result: never reuse or renumber one."""
+
+    DATA_ORDER = 1  # index: epoch
+    TIMESTEP = 2  # index: position in the global batch
+    NOISE = 3
+    NOISE_MASKED = 4  # the masked prediction's own noise and label dropout
+    LABEL_DROP = 5
+    LABEL_DROP_MASKED = 6
+    MASK_RATIO = 7  # one per pass: index 0
+    MASK_TOKENS = 8
+    LATENT = 9  # posterior sample of a stored mean and log-variance; also the encoder's, by image index
+    FLIP = 10
+    SAMPLE_LABEL = 20  # index: image number
+    SAMPLE_NOISE = 21  # step 0: initial noise, step k: the noise added after solver step k
+    METRIC_SUBSET = 30
+
+
+def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, int(purpose)], counter=[0, index, step, 0]))
+
+
+def uniforms(seed: int, purpose: Purpose, indices: Sequence[int], step: int = 0, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """U(0, 1) float32, (len(indices), *shape): row k belongs to ``indices[k]``."""
+    return _rows([generator(seed, purpose, index, step).random(shape, dtype=np.float32) for index in indices], shape)
+
+
+def normals(seed: int, purpose: Purpose, indices: Sequence[int], step: int = 0, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """N(0, 1) float32, (len(indices), *shape): row k belongs to ``indices[k]``."""
+    return _rows([generator(seed, purpose, index, step).standard_normal(shape, dtype=np.float32) for index in indices], shape)
+
+
+def _rows(rows: list, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, *shape), np.float32))
