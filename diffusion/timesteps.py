@@ -9,6 +9,8 @@ from diffusion.schedule import NUM_TIMESTEPS
 class UniformSampler:
     """Every timestep with the same probability; importance weights 1."""
 
+    learns = False  # whether update() needs the losses
+
     def __init__(self, num_timesteps: int = NUM_TIMESTEPS):
         self.num_timesteps = num_timesteps
 
@@ -39,6 +41,8 @@ class LossSecondMomentSampler(UniformSampler):
 
     It is uniform until every timestep has ``history_per_term`` losses.
     """
+
+    learns = True
 
     def __init__(self, num_timesteps: int = NUM_TIMESTEPS, history_per_term: int = 10, uniform_probability: float = 0.001):
         super().__init__(num_timesteps)

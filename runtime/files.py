@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,9 +12,10 @@ import torch
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; on success flush it to disk and move it to ``path``, on any error remove it.
 
+    durable False leaves the flushing to the system: for thousands of files that can be made again after a power cut.
     Raises OSError with the path and what to do; whatever was at ``path`` before is then untouched.
     """
     path = Path(path)
@@ -24,7 +25,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         # After a failed write some writers fail again while closing; the first reason is the one to report.
@@ -150,7 +152,3 @@ def append_line(path: str | os.PathLike, line: str) -> None:
         os.write(descriptor, (line + "\n").encode())
     finally:
         os.close(descriptor)
-
-
-def newest_first(folder: Path, pattern: str, key: Callable[[Path], object] = lambda path: path.name) -> list[Path]:
-    return sorted(folder.glob(pattern), key=key, reverse=True)

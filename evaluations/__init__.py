@@ -1,0 +1,1 @@
+"""ADM-style metrics of generated images: feature extractors, metrics, and the scripts evaluator.py and reference.py."""

@@ -1,0 +1,45 @@
+"""Fixtures that several test files share: tiny inputs made on the spot, nothing is downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory) -> Path:
+    """Folder of an untrained AutoencoderKL with the SD VAE's geometry: 8 times downsampling, 4 channels, scale 0.18215."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=32,
+        )
+    folder = tmp_path_factory.mktemp("tiny_vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """14 random images of several formats and sizes in three classes, one of them below a nested folder. Read-only."""
+    root = tmp_path_factory.mktemp("image_folder")
+    rng = np.random.default_rng(0)
+    extensions = {"ant": ("png", "jpg", "bmp", "PNG", "webp"), "bee": ("jpeg", "gif", "tiff", "png"), "cat": ("png",) * 5}
+    for label, (name, kinds) in enumerate(extensions.items()):
+        for k, extension in enumerate(kinds):
+            folder = root / name / ("nested" if label == 1 and k == 3 else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (33 + 5 * k, 40 + 9 * label, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{k}.{extension}")
+    return root

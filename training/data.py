@@ -1,0 +1,120 @@
+"""Which images a step sees and everything that is drawn for it: a pure function of (seed, step), computed one step ahead."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.draws import Purpose, generator, normals, uniforms
+
+
+class MaskPlace(Protocol):
+    """A place of a network's masked pass: so many tokens, dropped with one probability ~ U(low, high) per pass."""
+
+    num_tokens: int
+    low: float
+    high: float
+
+
+@dataclass
+class Batch:
+    """One process's share of a step, b samples; P passes (1 unmasked, and if wanted 1 masked), each with noise of its own."""
+
+    x0: Tensor  # (b, C, S, S)
+    y: Tensor  # (P, b) int64, null labels where dropped
+    noise: Tensor  # (P, b, C, S, S)
+    keep_masks: list[Tensor]  # bool (b, tokens) for each mask place; empty without a masked pass
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        return Batch(move(self.x0), move(self.y), move(self.noise), [move(mask) for mask in self.keep_masks])
+
+    def slice(self, start: int, stop: int) -> "Batch":
+        part = slice(start, stop)
+        return Batch(self.x0[part], self.y[:, part], self.noise[:, part], [mask[part] for mask in self.keep_masks])
+
+
+class DataOrder:
+    """An endless order of the images: one permutation after another, each a function of (seed, epoch)."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self._permutation = functools.lru_cache(maxsize=2)(
+            lambda epoch: generator(seed, Purpose.DATA_ORDER, epoch).permutation(num_images)
+        )
+
+    def indices(self, step: int) -> np.ndarray:
+        """The images of a step's global batch, int64 (batch_size,). An epoch that ends inside a batch is continued by the
+        next."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = positions // self.num_images, positions % self.num_images
+        indices = np.empty(self.batch_size, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            indices[epochs == epoch] = self._permutation(epoch)[offsets[epochs == epoch]]
+        return indices
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps that make up a number of epochs, at least 1."""
+        return max(1, int(epochs * self.num_images // self.batch_size))
+
+
+class Batches:
+    """Makes this process's :class:`Batch` of any step from a latent store.
+
+    share: the positions in the global batch that are this process's. label_dropout: the probability of a null label.
+    mask_places: None for one unmasked pass; else a second, masked pass is drawn for these places.
+    """
+
+    def __init__(
+        self,
+        store,
+        order: DataOrder,
+        share: Sequence[int],
+        *,
+        null_label: int,
+        label_dropout: float = 0.1,
+        mask_places: Sequence[MaskPlace] | None = None,
+    ):
+        self.store, self.order, self.share = store, order, share
+        self.null_label, self.label_dropout, self.mask_places = null_label, label_dropout, mask_places
+        self.passes = [(Purpose.NOISE, Purpose.LABEL_DROP)]
+        if mask_places is not None:
+            self.passes.append((Purpose.NOISE_MASKED, Purpose.LABEL_DROP_MASKED))
+
+    def __call__(self, step: int) -> Batch:
+        seed, share, shape = self.order.seed, self.share, self.store.latent_shape
+        indices = self.order.indices(step)[share.start : share.stop]
+        flip = uniforms(seed, Purpose.FLIP, share, step).numpy() < 0.5 if self.store.has_flip else None
+        posterior = normals(seed, Purpose.LATENT, share, step, shape) if self.store.needs_noise else None
+        x0 = self.store.rows(indices, flip, posterior)
+        labels = torch.from_numpy(self.store.labels[indices])
+        noise = torch.stack([normals(seed, purpose, share, step, shape) for purpose, _ in self.passes])
+        dropped = torch.stack([uniforms(seed, purpose, share, step) for _, purpose in self.passes]) < self.label_dropout
+        return Batch(x0, torch.where(dropped, self.null_label, labels), noise, self._keep_masks(step))
+
+    def _keep_masks(self, step: int) -> list[Tensor]:
+        if self.mask_places is None:
+            return []
+        sizes = [place.num_tokens for place in self.mask_places]
+        ratios = uniforms(self.order.seed, Purpose.MASK_RATIO, [0], step, (len(sizes),))[0].tolist()
+        tokens = uniforms(self.order.seed, Purpose.MASK_TOKENS, self.share, step, (sum(sizes),)).split(sizes, dim=1)
+        return [
+            u >= place.low + (place.high - place.low) * ratio
+            for u, place, ratio in zip(tokens, self.mask_places, ratios, strict=True)
+        ]
+
+    def ahead(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) for start <= step < stop; the next batch is made in a thread while the caller works on this one."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            future = thread.submit(self, start) if start < stop else None
+            for step in range(start, stop):
+                batch = future.result()
+                future = thread.submit(self, step + 1) if step + 1 < stop else None
+                yield step, batch

@@ -1,0 +1,25 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class EMA:
+    """``model`` holds the average, in eval mode: average <- decay * average + (1 - decay) * weights at each update."""
+
+    def __init__(self, source: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"the EMA decay must be in [0, 1), got {decay}")
+        self.model = copy.deepcopy(source).requires_grad_(False).eval()
+        self._average = get_ema_multi_avg_fn(decay)
+        trained = {name for name, parameter in source.named_parameters() if parameter.requires_grad}
+        self._pairs = [
+            [parameter for name, parameter in model.named_parameters() if name in trained] for model in (self.model, source)
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._average(*self._pairs, None)

@@ -1,0 +1,94 @@
+"""What a run reports: a line on the console, ``metrics.jsonl``, TensorBoard, and ``loss.png`` redrawn as it goes."""
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from runtime.files import append_line, atomic_file
+
+METRICS = "metrics.jsonl"
+SMOOTHED_POINTS = 50  # of the moving average drawn over the raw curve
+
+
+class RunLog:
+    """Only the main process writes.
+
+    ``metrics.jsonl`` holds nothing but functions of (seed, step), so that a resumed run's file equals an uninterrupted one's;
+    speed and times go to the console and to the trackers.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, last_step: int):
+        self.accelerator, self.folder = accelerator, folder
+        self.history: list[dict] = []
+        if accelerator.is_main_process:
+            self.history = _keep_until(folder / METRICS, first_step)
+        self.bar = tqdm(
+            total=last_step, initial=first_step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True
+        )
+
+    def write(self, step: int, metrics: dict[str, float], images_per_second: float) -> None:
+        """metrics: means since the last call. images_per_second: of all processes together."""
+        if not self.accelerator.is_main_process:
+            return
+        record = {"step": step, **metrics}
+        self.history.append(record)
+        append_line(self.folder / METRICS, json.dumps(record))
+        self.accelerator.log({**metrics, "images_per_second": images_per_second}, step=step)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.bar.set_postfix_str(f"{images_per_second:.0f} images/s")
+        self.message(f"step {step:7d}  {values}  {images_per_second:.0f} images/s")
+
+    def message(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def draw(self) -> None:
+        """Write ``loss.png``."""
+        if self.accelerator.is_main_process and self.history:
+            draw_loss(self.history, self.folder / "loss.png")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _keep_until(path: Path, step: int) -> list[dict]:
+    """The records of a log up to a step; later ones, and a line cut by a kill, are removed from the file."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] > step:
+                break
+            records.append(record)
+        with atomic_file(path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+    return records
+
+
+def draw_loss(history: list[dict], path: Path) -> None:
+    """The training curve: every part of the loss against the step, logarithmic, with the total's moving average."""
+    from matplotlib.figure import Figure  # imported here: it costs half a second that most processes do not need to spend
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [record["step"] for record in history]
+    for name in ("loss", "loss_plain", "loss_masked"):
+        values = [record[name] for record in history if name in record]
+        if values:
+            (line,) = axes.plot(steps, values, alpha=0.35, linewidth=1)
+            axes.plot(steps, _moving_average(values), color=line.get_color(), label=name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _moving_average(values: list[float]) -> list[float]:
+    window = max(1, len(values) // SMOOTHED_POINTS)
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
