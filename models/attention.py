@@ -29,6 +29,14 @@ def _padded_head_dim(head_dim: int, device: torch.device) -> int:
     return -(-head_dim // 8) * 8 if device.type == "cuda" else head_dim
 
 
+def _working_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a product with this weight is computed in."""
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v. q, k, v: (B, H, N, head_dim); bias broadcasts to (B, H, N, N_keys)."""
     head_dim = q.shape[-1]
@@ -78,7 +86,7 @@ class Attention(nn.Module):
         if table is None and not self.amm_is_active:
             return None
         device = self.proj.weight.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.proj.weight.dtype
+        dtype = _working_dtype(self.proj.weight)
         if torch.is_grad_enabled() or (table is not None and table.is_inference()):
             return self._expand_bias().to(dtype)
         key = (device, dtype, None if table is None else (id(table), table.data_ptr(), table._version))

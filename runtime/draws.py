@@ -5,7 +5,7 @@ Philox (Salmon et al. 2011) is a counter-based generator: its key is (seed, purp
 processes, on the batch size, on the device, or on a restart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -34,15 +34,27 @@ def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, int(purpose)], counter=[0, index, step, 0]))
 
 
+def _positioned(seed: int, purpose: Purpose, indices: Sequence[int], step: int) -> Iterator[np.random.Generator]:
+    """:func:`generator` for one index after another; setting a counter is 7 times faster than making a Philox."""
+    stream = generator(seed, purpose, 0, step)
+    fresh = stream.bit_generator.state
+    for index in indices:
+        fresh["state"]["counter"] = np.array([0, index, step, 0], np.uint64)
+        stream.bit_generator.state = fresh
+        yield stream
+
+
 def uniforms(seed: int, purpose: Purpose, indices: Sequence[int], step: int = 0, shape: tuple[int, ...] = ()) -> torch.Tensor:
     """U(0, 1) float32, (len(indices), *shape): row k belongs to ``indices[k]``."""
-    return _rows([generator(seed, purpose, index, step).random(shape, dtype=np.float32) for index in indices], shape)
+    rows = np.empty((len(indices), *shape), np.float32)
+    for k, stream in enumerate(_positioned(seed, purpose, indices, step)):
+        rows[k] = stream.random(shape, dtype=np.float32)
+    return torch.from_numpy(rows)
 
 
 def normals(seed: int, purpose: Purpose, indices: Sequence[int], step: int = 0, shape: tuple[int, ...] = ()) -> torch.Tensor:
     """N(0, 1) float32, (len(indices), *shape): row k belongs to ``indices[k]``."""
-    return _rows([generator(seed, purpose, index, step).standard_normal(shape, dtype=np.float32) for index in indices], shape)
-
-
-def _rows(rows: list, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, *shape), np.float32))
+    rows = np.empty((len(indices), *shape), np.float32)
+    for k, stream in enumerate(_positioned(seed, purpose, indices, step)):
+        rows[k] = stream.standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(rows)

@@ -1,6 +1,7 @@
 """What a run reports: a line on the console, ``metrics.jsonl``, TensorBoard, and ``loss.png`` redrawn as it goes."""
 
 import json
+import sys
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -25,7 +26,12 @@ class RunLog:
         if accelerator.is_main_process:
             self.history = _keep_until(folder / METRICS, first_step)
         self.bar = tqdm(
-            total=last_step, initial=first_step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True
+            total=last_step,
+            initial=first_step,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
 
     def write(self, step: int, metrics: dict[str, float], images_per_second: float) -> None:

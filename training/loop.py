@@ -63,7 +63,7 @@ class Run:
         schedule = self.schedule
         log = RunLog(self.accelerator, self.folder, self.step, schedule.max_steps)
         began, began_step = time.perf_counter(), self.step
-        for step, batch in self.batches.ahead(self.step, schedule.max_steps):
+        for step, batch in self.batches.ahead(self.step, schedule.max_steps, in_thread=self.accelerator.device.type != "cpu"):
             lr = linear_lr(step, schedule.init_lr, schedule.final_lr, schedule.lr_decay_steps)
             self.sums += self.train_step(step, batch, lr)
             self.step, self.summed_steps = step + 1, self.summed_steps + 1

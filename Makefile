@@ -1,0 +1,41 @@
+# make demo | test | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything else goes into .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+D := demo_output
+
+.PHONY: demo test lint bench demo-clean clean
+.DELETE_ON_ERROR:
+
+.venv/installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.edt
+
+# The demo: the user's own scripts on scikit-learn's handwritten digits. Each step is skipped if what it makes is there.
+demo: $(D)/samples.png $(D)/samples_amm.png $(D)/reference.npz $(D)/plain/done $(D)/amm/done
+	@for kind in plain amm; do echo "== evaluator, $$kind"; \
+		$(BIN)/python evaluations/evaluator.py $(D)/reference.npz $(D)/$$kind/samples_1000x16x16x3.npz --features pixels; done
+	$(BIN)/python examples/digits.py report --data $(D)/digits --samples $(D)/plain/samples_1000x16x16x3.npz \
+		--samples-amm $(D)/amm/samples_1000x16x16x3.npz --run $(D)/runs/000-EDT-Ti-2 --out $(D)
+
+CKPT := $(D)/runs/000-EDT-Ti-2/checkpoints/latest
+
+$(D)/digits/held_out: | .venv/installed
+	$(BIN)/python examples/digits.py prepare $(D)/digits
+
+$(D)/features/labels.npy: | $(D)/digits/held_out
+	$(BIN)/python extract_features.py --data-path $(D)/digits/train --features-path $(D)/features --vae pixels --image-size 16
+
+$(D)/reference.npz: | $(D)/digits/held_out
+	$(BIN)/python evaluations/reference.py $(D)/digits/held_out $@ --image-size 16

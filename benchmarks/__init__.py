@@ -1,0 +1,1 @@
+"""Speed and memory, measured against plain reference formulations in the same run."""
