@@ -3,7 +3,9 @@
 python -m benchmarks.edt [--model EDT-S/2] [--batch-size 8] [--train-batch-size 4] [--threads 2] [--compile]
 """
 
+import copy
 import functools
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,13 +24,21 @@ from models import create_model, model_names
 from models.registry import default_amm
 from runtime import cli
 from runtime.distributed import start, start_training
-from training.data import Batches, DataOrder
+from training.data import Batch, Batches, DataOrder
 from training.ema import EMA
 from training.optim import create_optimizer
 from training.step import TrainingStep
 
 SEED = 0
 LEARNING_RATE = 1e-6  # the work is the same at any; a small one keeps the weights where they are
+
+CAPTION = (
+    "The cases take turns in shuffled order. Spread: interquartile range / median. Time / plain: the median of the rounds' ratios "
+    "to the plain formulation (attention written out, position bias gathered at each call; in training also one pass after the "
+    "other). GFLOP/s: the plain formulation's matrix products over the time. Products' GFLOP/s: the same products on their own, "
+    "same shapes and precision, in the same rounds (at least 15 timings). Share: the first over the second. Peak MB: the memory "
+    "that one call adds to what is held before."
+)
 
 
 def parse(argv: Sequence[str] | None):
@@ -106,7 +116,99 @@ def forward_cases(args, device: torch.device) -> list[Case]:
 
 def compiled(model: nn.Module) -> nn.Module:
     """A copy whose blocks are compiled, as training does it."""
-    model = with_own_weights(model)
+    model = copy.deepcopy(model)
     for block in model.blocks:
         block.compile(dynamic=False)
     return model
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """A latent store without files: as many random images as are asked for."""
+
+    latent_shape: tuple[int, int, int]
+    labels: np.ndarray
+    has_flip: bool = False
+    needs_noise: bool = False
+
+    def rows(self, indices: np.ndarray, flip: None, posterior: None) -> Tensor:
+        return torch.randn(len(indices), *self.latent_shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def training_cases(args, accelerator: Accelerator) -> list[Case]:
+    """One step on the masked pair of passes: as it is, with one pass after the other, and that with plain attention."""
+    network = randomized(create_model(args.model))
+    config, b = network.config, args.train_batch_size
+    store = RandomLatents((config.in_channels, config.input_size, config.input_size), np.arange(b) % config.num_classes)
+    batches = Batches(store, DataOrder(b, b, SEED), range(b), null_label=config.num_classes, mask_places=config.mask_places)
+    batch = batches(0)  # made beforehand: training makes it in a thread, one step ahead
+    plain = training_step(with_plain_attention(network), b, accelerator)
+    together = training_step(network, b, accelerator)
+    runs = {
+        "training step, plain": lambda: one_pass_after_the_other(plain, batch),
+        "training step, passes apart": lambda: one_pass_after_the_other(together, batch),
+        "training step": lambda: together(0, batch, LEARNING_RATE),
+    }
+    baseline = next(iter(runs))
+    return [
+        Case(name, run, items=b, baseline=None if name == baseline else baseline, products=record_products(run))
+        for name, run in runs.items()
+    ]
+
+
+def training_step(network: nn.Module, batch_size: int, accelerator: Accelerator) -> TrainingStep:
+    """The pieces of train_mask_adan.py."""
+    network.to(accelerator.device).train()
+    ema = EMA(network, 0.9999)
+    optimizer = create_optimizer("adan", network.parameters(), LEARNING_RATE)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    diffusion, sampler = create_diffusion(min_snr_gamma=5.0), LossSecondMomentSampler()
+    share = range(batch_size)
+    return TrainingStep(accelerator, model, optimizer, ema, diffusion, sampler, SEED, batch_size, share, batch_size)
+
+
+def one_pass_after_the_other(step: TrainingStep, batch: Batch) -> None:
+    """A plain form of :class:`TrainingStep`: each pass goes forward and back on its own, on half of the inputs."""
+    batch = batch.to(step.accelerator.device)
+    t = torch.linspace(0, step.diffusion.num_timesteps - 1, len(batch.x0), device=batch.x0.device).long()
+    for y, noise, keep_masks in zip(batch.y, batch.noise, (None, batch.keep_masks), strict=True):
+        losses = step.diffusion.training_losses(step.model, batch.x0, t, {"y": y, "keep_masks": keep_masks}, noise=noise)
+        step.accelerator.backward(losses["loss"].mean())
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+    step.ema.update()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = start().device
+    limits = {"repeats": args.repeats, "warmup": args.warmup, "budget_seconds": args.budget_seconds}
+    forwards = measure(forward_cases(args, device), device=device, memory=True, **limits)
+    accelerator = start_training(args.train_precision)
+    steps = measure(training_cases(args, accelerator), device=device, memory=True, **limits)
+    text = report(args, device, forwards, steps)
+    print(text)
+    write_section(f"benchmarks.edt: {args.model} on {device_name(device)}", text)
+
+
+def report(args, device: torch.device, forwards: Sequence[Result], steps: Sequence[Result]) -> str:
+    by_name = {result.name: result for result in steps}
+    together = time_ratio(by_name["training step"], by_name["training step, passes apart"])
+    what = (
+        f"Medians of {len(forwards[0].seconds)} rounds of forwards with {args.batch_size} images and {len(steps[0].seconds)} of "
+        f"{args.train_precision} training steps with {args.train_batch_size} images, each image in an unmasked and a masked "
+        f"pass. {CAPTION}"
+    )
+    parts = (
+        f"{environment(device)}.",
+        textwrap.fill(what, 128),
+        table([*forwards, *steps]),
+        f"A training step with both passes together takes {together:.3f} of the time of one with the passes apart.",
+    )
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    cli.run(main)

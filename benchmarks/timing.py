@@ -27,9 +27,8 @@ from benchmarks.products import Product, product_calls, total_flops
 CPU = torch.device("cpu")
 MIN_ROUNDS = 3  # fewer say nothing about the spread: a time budget does not cut below
 MIN_PRODUCT_TIMINGS = 15
-# A small product is repeated up to so many FLOPs a timing, which is around a millisecond: well above the cost of reading the
-# clock, and on CUDA of launching a kernel and waiting for it.
-FLOPS_PER_TIMING = {"cpu": 1e8, "cuda": 1e11}
+# On CUDA a product is repeated up to so many FLOPs a timing, some 0.3 ms: well above launching a kernel and waiting for it.
+CUDA_FLOPS_PER_TIMING = 1e11
 MAX_LOOPS = 200
 SAMPLING_SECONDS = 0.001
 
@@ -160,7 +159,7 @@ def _timers(
 ) -> dict[str | Product, Callable[[], float]]:
     """For each case, by its name, and each product inside the cases: a function that does it and returns its seconds."""
 
-    def timer(call: Callable[[], object], loops: int = 1) -> Callable[[], float]:
+    def timer(call: Callable[[], object], loops: int) -> Callable[[], float]:
         def time_it() -> float:
             synchronize(device)
             began = clock()
@@ -171,11 +170,11 @@ def _timers(
 
         return time_it
 
-    timers: dict[str | Product, Callable[[], float]] = {case.name: timer(case.run) for case in cases}
-    flops_per_timing = FLOPS_PER_TIMING.get(device.type, FLOPS_PER_TIMING["cpu"])
+    timers: dict[str | Product, Callable[[], float]] = {case.name: timer(case.run, 1) for case in cases}
     inside = dict.fromkeys(product for case in cases for product in case.products or ())  # a set, in a fixed order
     for product, call in product_calls(inside, device).items():
-        timers[product] = timer(call, loops=int(min(max(flops_per_timing / product.flops, 1), MAX_LOOPS)))
+        loops = min(max(int(CUDA_FLOPS_PER_TIMING / product.flops), 1), MAX_LOOPS) if device.type == "cuda" else 1
+        timers[product] = timer(call, loops)
     return timers
 
 

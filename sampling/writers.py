@@ -1,6 +1,7 @@
 """Where many samples go: a PNG folder, and one ``.npz`` that the evaluator reads. Both survive a kill and are filled by many
 processes."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -57,12 +58,13 @@ class SampleFolder:
         return np.flatnonzero(missing).tolist()
 
     def __enter__(self) -> "SampleFolder":
+        self._stack = contextlib.ExitStack()
         if not self.npz_path.exists():
-            self._rows.open()
+            self._stack.enter_context(self._rows)
         return self
 
-    def __exit__(self, *_) -> None:
-        self._rows.close()
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
 
     def write(self, image_id: int, image: np.ndarray) -> None:
         """image (H, W, 3) uint8."""

@@ -43,3 +43,39 @@ def image_folder(tmp_path_factory) -> Path:
             pixels = rng.integers(0, 256, (33 + 5 * k, 40 + 9 * label, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{k}.{extension}")
     return root
+
+
+@pytest.fixture(scope="session")
+def latent_store(image_folder, tmp_path_factory) -> Path:
+    """The image folder as a latent store of 16x16 pixels. Read-only."""
+    import extract_features
+
+    store = tmp_path_factory.mktemp("latent_store") / "features"
+    extract_features.main(
+        [
+            "--data-path",
+            str(image_folder),
+            "--features-path",
+            str(store),
+            "--vae",
+            "pixels",
+            "--image-size",
+            "16",
+            "--num-workers",
+            "0",
+        ]
+    )
+    return store
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """accelerate keeps device, processes and precision for the life of the process; a script run in a test must not see those
+    of the last one. A test that runs several calls the fixture's value between them."""
+    from accelerate.state import AcceleratorState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    yield reset
+    reset()

@@ -71,6 +71,8 @@ def read_resume(resume: str, results_dir: str | os.PathLike, model_name: str) ->
     missing = [key for key in ("model", "ema", "opt", "step", "config", "args", "sampler") if key not in content]
     if missing:
         raise ValueError(f"--resume {path}: {', '.join(missing)} missing, a run cannot be continued from it; try --init-from")
+    if content["config"]["model"] != model_name:
+        raise ValueError(f"--resume {path} is a run of {content['config']['model']}, not of --model {model_name}")
     return path.resolve().parent.parent, content
 
 

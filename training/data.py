@@ -113,8 +113,8 @@ class Batches:
     def ahead(self, start: int, stop: int, in_thread: bool) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for start <= step < stop.
 
-        in_thread: make the next batch while the caller works on this one. Only where the work is on another device: on a CPU the two
-        would fight for the cores, and lose a quarter of the speed.
+        in_thread: make the next batch while the caller works on this one. Only where the work is on another device: on a CPU
+        the two would fight for the cores, and lose a quarter of the speed.
         """
         if not in_thread:
             yield from ((step, self(step)) for step in range(start, stop))

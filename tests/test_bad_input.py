@@ -1,0 +1,177 @@
+"""What a user can get wrong: one line that names it, exit code 1 (or 2 for the command line), and no traceback."""
+
+import errno
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import extract_features
+import inference
+import sample_ddp
+import train_mask_adan
+from evaluations import evaluator
+from models import create_model
+from runtime import cli
+from tests.launch import run_script
+from tests.test_training import final_state, train_argv
+
+
+def fails(monkeypatch, capsys, main, argv, code: int = 1) -> str:
+    """Run a script's main as the command line does; returns the message."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    path = tmp_path / "edt.pt"
+    torch.save({"ema": create_model("EDT-Ti/2").state_dict()}, path)
+    return path
+
+
+class Malicious:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_missing_and_empty_folders(monkeypatch, capsys, tmp_path):
+    missing, empty = tmp_path / "missing", tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out"
+    for path in (missing, empty):
+        argv = ["--data-path", path, "--features-path", out, "--vae", "pixels", "--image-size", "16"]
+        assert str(path) in fails(monkeypatch, capsys, extract_features.main, argv)
+        assert str(path) in fails(monkeypatch, capsys, train_mask_adan.main, ["--feature-path", path, "--results-dir", out])
+    assert not list(tmp_path.glob("out/*"))  # nothing was begun
+
+
+def test_latents_the_model_cannot_take(monkeypatch, capsys, image_folder, tmp_path):
+    """12 pixels are not divisible by 8, as two halvings of 2x2 patches need."""
+    store = tmp_path / "store"
+    extract_features.main(
+        ["--data-path", str(image_folder), "--features-path", str(store), "--vae", "pixels", "--image-size", "12"]
+    )
+    message = fails(monkeypatch, capsys, train_mask_adan.main, train_argv(store, tmp_path / "runs"))
+    assert "input_size must be divisible by 8, got 12" in message
+
+
+def test_label_beyond_num_classes(monkeypatch, capsys, latent_store, tmp_path):
+    argv = train_argv(latent_store, tmp_path, "--num-classes", "2")
+    assert "holds label 2, but --num-classes is 2" in fails(monkeypatch, capsys, train_mask_adan.main, argv)
+
+
+def test_label_beyond_the_models_classes(monkeypatch, capsys, checkpoint):
+    argv = ["--ckpt", checkpoint, "--classes", "3,10", "--vae", "pixels"]
+    assert "label 10 does not exist, the model has classes 0 to 9" in fails(monkeypatch, capsys, inference.main, argv)
+
+
+def test_checkpoint_of_another_model(monkeypatch, capsys, checkpoint):
+    argv = ["--ckpt", checkpoint, "--model", "EDT-S/2", "--vae", "pixels"]
+    message = fails(monkeypatch, capsys, inference.main, argv)
+    assert "edt.pt holds EDT-Ti/2, not EDT-S/2" in message
+
+
+def test_resume_from_another_model(monkeypatch, capsys, latent_store, tmp_path):
+    train_mask_adan.main(train_argv(latent_store, tmp_path, "--max-steps", "1"))
+    argv = train_argv(latent_store, tmp_path, "--resume", str(tmp_path / "000-EDT-Ti-2"), "--model", "EDT-S/2")
+    assert "is a run of EDT-Ti/2, not of --model EDT-S/2" in fails(monkeypatch, capsys, train_mask_adan.main, argv)
+
+
+def test_truncated_checkpoint(monkeypatch, capsys, checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    for main in (inference.main, sample_ddp.main):
+        message = fails(monkeypatch, capsys, main, ["--ckpt", checkpoint, "--vae", "pixels"])
+        assert "edt.pt is damaged or no checkpoint" in message
+
+
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_malicious_pickle_is_refused(monkeypatch, capsys, tmp_path, protocol):
+    path, target = tmp_path / "evil.pt", tmp_path / "owned"
+    content = {"ema": Malicious(target)}
+    if protocol == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    message = fails(monkeypatch, capsys, inference.main, ["--ckpt", path, "--vae", "pixels"])
+    assert "evil.pt" in message and ("refused" in message or "damaged" in message)
+    assert not target.exists()
+
+
+def test_unknown_and_malformed_flags(monkeypatch, capsys, latent_store):
+    base = ["--feature-path", latent_store]
+    for argv, words in (
+        ([*base, "--modle", "EDT-S/2"], "unrecognized arguments: --modle EDT-S/2"),
+        ([*base, "--model", "EDT-Q/2"], "invalid choice: 'EDT-Q/2'"),
+        ([*base, "--max-steps", "0"], "--max-steps: 0 must be at least 1"),
+        ([*base, "--masked", "maybe"], "--masked takes True or False, got 'maybe'"),
+        ([*base, "--resume", "auto", "--init-from", "x"], "use one of them"),
+        ([], "the following arguments are required: --feature-path"),
+    ):
+        assert words in fails(monkeypatch, capsys, train_mask_adan.main, argv, code=2)
+
+
+def test_fp16_on_a_cpu(monkeypatch, capsys, latent_store, checkpoint, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = train_argv(latent_store, tmp_path, "--precision", "fp16")
+    assert "--precision fp16 needs a GPU" in fails(monkeypatch, capsys, train_mask_adan.main, argv)
+    argv = ["--ckpt", checkpoint, "--precision", "fp16", "--vae", "pixels"]
+    assert "--precision fp16 needs a GPU" in fails(monkeypatch, capsys, inference.main, argv)
+
+
+def test_batch_not_divisible_by_the_processes(latent_store, tmp_path):
+    done = run_script(
+        "train_mask_adan.py", *train_argv(latent_store, tmp_path, "--global-batch-size", "5"), processes=2, expect=1
+    )  # fmt: skip
+    assert "--global-batch-size 5 is not divisible by the number of processes, 2" in done.stderr
+    assert 'train_mask_adan.py", line' not in done.stderr  # no traceback of ours
+
+
+def test_wrong_codec(monkeypatch, capsys, checkpoint, tiny_vae):
+    message = fails(monkeypatch, capsys, inference.main, ["--ckpt", checkpoint, "--vae", tiny_vae])
+    assert "latents of 3 channels" in message and "decodes 4" in message
+
+
+def test_amm_of_a_block_that_does_not_exist(monkeypatch, capsys, checkpoint):
+    argv = ["--ckpt", checkpoint, "--vae", "pixels", "--amm", "exp:99"]
+    assert "this model has blocks 0 to 5" in fails(monkeypatch, capsys, inference.main, argv)
+
+
+def test_disk_full_while_saving_keeps_the_previous_checkpoint(monkeypatch, capsys, latent_store, tmp_path):
+    saves, save = [], torch.save
+
+    def full(state, file):
+        saves.append(state["step"])
+        if len(saves) > 1:
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    message = fails(monkeypatch, capsys, train_mask_adan.main, train_argv(latent_store, tmp_path))
+    assert "0000004.pt: No space left on device" in message
+    monkeypatch.undo()
+    assert saves == [2, 4] and final_state(tmp_path)["step"] == 2
+    folder = tmp_path / "000-EDT-Ti-2" / "checkpoints"
+    assert (folder / "latest").resolve().name == "0000002.pt"
+    assert sorted(path.name for path in folder.iterdir()) == ["0000002.pt", "latest"]  # no half file is left
+
+
+def test_evaluator_without_files(monkeypatch, capsys, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    argv = [tmp_path / "missing.npz", tmp_path / "a.npz", "--features", "pixels"]
+    assert "missing.npz does not exist" in fails(monkeypatch, capsys, evaluator.main, argv)

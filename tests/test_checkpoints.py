@@ -1,0 +1,320 @@
+"""Checkpoint files: every published layout is read, every damaged or hostile one is refused with a message."""
+
+import argparse
+import dataclasses
+import os
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from models import create_model, load_checkpoint
+from models.amm import AMM
+from models.checkpoints import Checkpoint, build_model, describe, load_weights, read_checkpoint, read_file, warm_start
+from models.edt import config_from_state
+from models.registry import model_config
+
+TINY = {"widths": (16, 24, 32, 24, 16), "num_heads": 2, "input_size": 16, "num_classes": 10}
+CODEC = {"name": "sd-vae-ft-ema", "scale": 0.18215}
+
+
+def tiny(name="EDT-S/2", **overrides):
+    return create_model(name, **{**TINY, **overrides})
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Two state dicts of one model: the trained weights and their average."""
+    torch.manual_seed(0)
+    return tiny().state_dict(), tiny().state_dict()
+
+
+def saved(content, path):
+    torch.save(content, path)
+    return path
+
+
+# Layouts
+
+
+def published(model, ema):
+    args = argparse.Namespace(model="EDT-S/2", lr=1e-3, results_dir="results")
+    return {"model": model, "ema": ema, "opt": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "args": args}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_training_checkpoint(tmp_path, weights, prefix, zipped):
+    model, ema = ({prefix + key: value for key, value in state.items()} for state in weights)
+    path = tmp_path / "0400000.pt"
+    torch.save(published(model, ema), path, _use_new_zipfile_serialization=zipped)
+    assert same(load_checkpoint(path), weights[1])
+    assert same(load_checkpoint(path, "ema"), weights[1])
+    assert same(load_checkpoint(path, "model"), weights[0])
+    assert read_file(path)["args"].lr == 1e-3
+
+
+@pytest.mark.parametrize("which", ["ema", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_bare_state_dict(tmp_path, weights, suffix, prefix, which):
+    state = {prefix + key: value for key, value in weights[0].items()}
+    path = tmp_path / f"a{suffix}"
+    safetensors.torch.save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    assert same(load_checkpoint(path, which), weights[0])
+    checkpoint = read_checkpoint(path, which)
+    assert (checkpoint.model, checkpoint.codec, checkpoint.class_names, checkpoint.step) == (None, {}, (), None)
+    assert same(build_model(checkpoint).state_dict(), weights[0])
+
+
+def test_our_checkpoint(tmp_path, weights):
+    """What the file states is used, also what keys and shapes do not tell: here stages of one width."""
+    overrides = {"widths": (16,) * 5, "early_mask_block": 1, "label_std": 0.5}
+    model = tiny(**overrides)
+    config = describe("EDT-S/2", model.config, codec=CODEC, class_names=("cat", "dog"))
+    path = saved({"ema": model.state_dict(), "model": model.state_dict(), "config": config, "step": 7}, tmp_path / "a.pt")
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.config == model.config
+    assert (checkpoint.model, checkpoint.step, checkpoint.codec, checkpoint.class_names) == (
+        "EDT-S/2",
+        7,
+        CODEC,
+        ("cat", "dog"),
+    )
+    built = build_model(checkpoint, name="EDT-S/2", amm="exp:7")
+    assert not built.training
+    assert built.blocks[7].attn.amm == "exp"
+    assert same(built.state_dict(), model.state_dict())
+
+
+# Inference from keys and shapes
+
+
+@pytest.mark.parametrize("depths", [(6, 4, 4, 7, 7), (6, 5, 4, 7, 6)])
+@pytest.mark.parametrize("overrides", [{}, TINY])
+def test_both_published_depths_of_xl(depths, overrides):
+    with torch.device("meta"):
+        model = create_model("EDT-XL/2", **overrides, depths=depths)
+    inferred = config_from_state(model.state_dict())
+    assert inferred.depths == depths
+    # A state dict does not say how its model is trained.
+    assert dataclasses.replace(inferred, early_mask_block=4) == model.config
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"num_classes": 1000},
+        {"num_classes": 1},
+        {"patch_size": 4},
+        {"input_size": 32},
+        {"input_size": 64, "patch_size": 4},
+        {"in_channels": 3},
+        {"learn_sigma": False},
+        {"mlp_ratio": 2.0},
+        {"num_heads": (2, 4, 8, 4, 2)},
+        {"depths": (1, 2, 3, 4, 5)},
+    ],
+)
+def test_config_is_inferred(overrides):
+    model = tiny(**overrides)
+    assert config_from_state(model.state_dict()) == model.config
+
+
+@pytest.mark.parametrize("name", ["EDT-S/2", "EDT-B/2", "EDT-XL/2"])
+def test_published_sizes_have_their_names(monkeypatch, tmp_path, name):
+    with torch.device("meta"):
+        state = create_model(name).state_dict()
+    monkeypatch.setattr("models.checkpoints.read_file", lambda path: {"ema": state, "model": state})
+    assert read_checkpoint(tmp_path / "a.pt").model == name
+
+
+def test_stages_that_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="1 different widths in a row, an EDT has 5 stages"):
+        config_from_state(tiny(widths=(16,) * 5).state_dict())
+
+
+# Building
+
+
+def test_wrong_name(tmp_path, weights):
+    checkpoint = read_checkpoint(saved(weights[0], tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=r"a\.pt holds a model of widths \(16, 24, 32, 24, 16\), not EDT-S/2"):
+        build_model(checkpoint, name="EDT-S/2")
+    with pytest.raises(ValueError, match="unknown model 'EDT-Q/2'"):
+        build_model(checkpoint, name="EDT-Q/2")
+    named = Checkpoint(path=checkpoint.path, state={}, model="EDT-S/2", config=model_config("EDT-S/2"))
+    with pytest.raises(ValueError, match="holds EDT-S/2, not EDT-XL/2"):
+        build_model(named, name="EDT-XL/2")
+
+
+@pytest.mark.parametrize("cfg_scale, blocks", [(1.5, [7, 10]), (2.0, [8])])
+def test_published_amm_is_chosen_by_guidance(tmp_path, weights, cfg_scale, blocks):
+    config = describe("EDT-S/2", tiny().config, codec=CODEC, class_names=())
+    checkpoint = read_checkpoint(saved({"ema": weights[1], "config": config}, tmp_path / "a.pt"))
+    for amm, expected in [(True, blocks), (False, []), (None, []), (AMM(form="cos", blocks=(3,)), [3])]:
+        model = build_model(checkpoint, amm=amm, cfg_scale=cfg_scale)
+        assert [i for i, block in enumerate(model.blocks) if block.attn.amm] == expected
+
+
+def test_amm_of_a_model_without_a_name(tmp_path, weights):
+    with pytest.raises(ValueError, match="no AMM placement is published for this model"):
+        build_model(read_checkpoint(saved(weights[0], tmp_path / "a.pt")), amm=True)
+
+
+def test_weights_that_do_not_fit(weights):
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = dict(weights[0], extra=torch.zeros(1))
+    del state["final_layer.linear.bias"]
+    state["x_embedder.proj.bias"] = torch.zeros(5)
+    message = (
+        r"a\.pt does not fit the model: final_layer\.linear\.bias is missing; extra is not a weight of this model; "
+        r"x_embedder\.proj\.bias has shape \(5,\), the model's is \(16,\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, state, "a.pt")
+    assert same(model.state_dict(), before)
+    with pytest.raises(ValueError, match=r", and \d+ more differences$"):
+        load_weights(model, {}, "a.pt")
+    load_weights(model, weights[0], "a.pt")
+    assert same(model.state_dict(), weights[0])
+
+
+@pytest.mark.parametrize("num_classes, kept", [(10, True), (3, False)])
+def test_warm_start(tmp_path, weights, num_classes, kept):
+    key = "y_embedder.embedding_table.weight"
+    model = tiny(num_classes=num_classes)
+    fresh = model.state_dict()[key].clone()
+    checkpoint = read_checkpoint(saved({"ema": weights[1]}, tmp_path / "a.pt"))
+    assert warm_start(model, checkpoint) is kept
+    assert same(model.state_dict(), {**weights[1], key: weights[1][key] if kept else fresh})
+    assert checkpoint.state.keys() == weights[1].keys()
+    assert torch.equal(checkpoint.state[key], weights[1][key])
+
+
+def test_warm_start_of_another_architecture(tmp_path, weights):
+    checkpoint = read_checkpoint(saved({"ema": weights[1]}, tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=r"a\.pt does not fit the model: "):
+        warm_start(tiny(depths=(2, 2, 2, 3, 4)), checkpoint)
+
+
+# Files that are refused
+
+
+def test_missing_file(tmp_path):
+    for path in (tmp_path / "a.pt", tmp_path):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            load_checkpoint(path)
+
+
+def test_missing_average(tmp_path, weights):
+    path = saved({"model": weights[0]}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt holds model, but no ema weights"):
+        load_checkpoint(path)
+    assert same(load_checkpoint(path, "model"), weights[0])
+    with pytest.raises(ValueError, match="which must be one of"):
+        load_checkpoint(path, "best")
+
+
+@pytest.mark.parametrize("content", [{}, {"ema": {}}, {"step": 3, "args": argparse.Namespace()}, {"ema": {"a": 1}}])
+def test_file_without_weights(tmp_path, content):
+    with pytest.raises(ValueError, match=r"a\.pt holds no state dict"):
+        load_checkpoint(saved(content, tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)]])
+def test_file_that_holds_no_dict(tmp_path, content):
+    with pytest.raises(ValueError, match=f"holds a {type(content).__name__}, not a checkpoint"):
+        load_checkpoint(saved(content, tmp_path / "a.pt"))
+
+
+def test_weights_of_a_foreign_model(tmp_path):
+    state = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)).state_dict()
+    path = saved({f"layer1.{key}": value for key, value in state.items()}, tmp_path / "resnet.pt")
+    assert len(load_checkpoint(path)) == len(state)
+    with pytest.raises(ValueError, match=r"resnet\.pt holds weights of no model known here; the models are EDT-S/2"):
+        read_checkpoint(path)
+
+
+def damaged(path):
+    return pytest.raises(ValueError, match=rf"{path.name} is damaged or no checkpoint")
+
+
+@pytest.mark.parametrize("layout", ["zip", "old", "safetensors"])
+@pytest.mark.parametrize("share", [0, 0.0005, 0.03, 0.3, 0.9, 0.9999])
+def test_truncated_file(tmp_path, weights, layout, share):
+    """A zip file cut to a few hundred bytes was "[Errno 22] Invalid argument"."""
+    path = tmp_path / ("a.safetensors" if layout == "safetensors" else "a.pt")
+    if layout == "safetensors":
+        safetensors.torch.save_file(weights[0], path)
+    else:
+        torch.save(published(*weights), path, _use_new_zipfile_serialization=layout == "zip")
+    os.truncate(path, int(share * path.stat().st_size))
+    with damaged(path):
+        load_checkpoint(path)
+
+
+NOISE = np.random.default_rng(0).bytes(4000)
+NO_PICKLE = [b"a", b".", b"0", b"(", b"J12", b"\x80\x02.", b"s", b"hello world", b"<!DOCTYPE html><html></html>", NOISE]
+
+
+@pytest.mark.parametrize("content", NO_PICKLE, ids=range(10))
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_arbitrary_bytes(tmp_path, suffix, content):
+    """torch's restricted unpickler raises IndexError, struct.error and AssertionError as well; and a file of noise is no file
+    with code in it."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    with damaged(path):
+        load_checkpoint(path)
+
+
+class Attack:
+    """Unpickled without care, makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("layout", ["zip", "old", "pickle"])
+@pytest.mark.parametrize("place", ["model", "args", "all"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, weights, layout, place):
+    path, made = tmp_path / "a.pt", tmp_path / "made"
+    content = Attack(made) if place == "all" else {**published(*weights), place: Attack(made)}
+    if layout == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
+    with pytest.raises(ValueError, match=r"a\.pt holds pickled objects other than tensors, which could run code: refused"):
+        read_checkpoint(path)
+    assert not made.exists()
+    if layout == "pickle" and place == "all":  # the attack is a real one
+        pickle.loads(path.read_bytes())
+        assert made.exists()
+
+
+def test_any_object_is_refused(tmp_path, weights):
+    """Harmless classes too: none but argparse.Namespace is let in."""
+    with pytest.raises(ValueError, match="refused"):
+        read_checkpoint(saved({"ema": weights[0], "args": AMM(form="exp", blocks=(1,))}, tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [{"model": "EDT-S/2"}, {"model": "EDT-S/2", "model_config": None}, {"model": "EDT-S/2", "model_config": {"hidden": 3}}],
+)
+def test_config_entry_that_is_not_ours(tmp_path, weights, stated):
+    with pytest.raises(ValueError):
+        read_checkpoint(saved({"ema": weights[0], "config": stated}, tmp_path / "a.pt"))
