@@ -5,6 +5,7 @@
 Run the same command again after an interruption to go on. The number of processes does not change the store.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,10 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--image-size", type=cli.positive_int, default=256, help="side of the square centre crop, in pixels")
     parser.add_argument("--batch-size", type=cli.positive_int, default=32, help="images per batch and process")
     parser.add_argument(
-        "--num-workers", type=cli.non_negative_int, default=4, help="processes that read images, beside each process; 0: none"
+        "--num-workers",
+        type=cli.non_negative_int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images, beside each process; 0: none",
     )
     parser.add_argument(
         "--store",

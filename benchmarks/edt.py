@@ -32,13 +32,11 @@ from training.step import TrainingStep
 SEED = 0
 LEARNING_RATE = 1e-6  # the work is the same at any; a small one keeps the weights where they are
 
-CAPTION = (
-    "The cases take turns in shuffled order. Spread: interquartile range / median. Time / plain: the median of the rounds' ratios "
-    "to the plain formulation (attention written out, position bias gathered at each call; in training also one pass after the "
-    "other). GFLOP/s: the plain formulation's matrix products over the time. Products' GFLOP/s: the same products on their own, "
-    "same shapes and precision, in the same rounds (at least 15 timings). Share: the first over the second. Peak MB: the memory "
-    "that one call adds to what is held before."
-)
+CAPTION = """The cases take turns in shuffled order. Spread: interquartile range / median. Time / plain: the median of the
+rounds' ratios to the plain formulation (attention written out, position bias gathered at each call; in training also one pass
+after the other). GFLOP/s: the plain formulation's matrix products over the time. Products' GFLOP/s: the same products on their
+own, same shapes and precision, in the same rounds (medians of at least 15). Share: the first over the second, as the median of
+the rounds' own. Peak MB: the memory that one call adds to what is held before."""
 
 
 def parse(argv: Sequence[str] | None):
@@ -48,7 +46,7 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument("--train-batch-size", type=cli.positive_int, default=4, help="images in a training step, each twice")
     parser.add_argument("--train-precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=cli.positive_int, default=15, help="rounds in which every case is timed once")
-    parser.add_argument("--warmup", type=cli.positive_int, default=2, help="rounds before them that do not count")
+    parser.add_argument("--warmup", type=cli.positive_int, default=1, help="rounds before them that do not count")
     parser.add_argument(
         "--budget-seconds",
         type=cli.positive_float,
@@ -196,11 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(args, device: torch.device, forwards: Sequence[Result], steps: Sequence[Result]) -> str:
     by_name = {result.name: result for result in steps}
     together = time_ratio(by_name["training step"], by_name["training step, passes apart"])
-    what = (
-        f"Medians of {len(forwards[0].seconds)} rounds of forwards with {args.batch_size} images and {len(steps[0].seconds)} of "
-        f"{args.train_precision} training steps with {args.train_batch_size} images, each image in an unmasked and a masked "
-        f"pass. {CAPTION}"
-    )
+    what = f"""Medians of {len(forwards[0].seconds)} rounds of forwards with {args.batch_size} images and
+{len(steps[0].seconds)} of {args.train_precision} training steps with {args.train_batch_size} images, each image in an unmasked
+and a masked pass. {CAPTION}"""
     parts = (
         f"{environment(device)}.",
         textwrap.fill(what, 128),

@@ -59,6 +59,7 @@ class Result:
     ratio: float | None = None  # time_ratio to the baseline
     flops: int | None = None
     product_seconds: float | None = None  # what the call's matrix products take on their own: the sum of their medians
+    share_of_product_rate: float | None = None  # of the time, that the products on their own would have taken: see _result
     peak_bytes: int | None = None  # see peak_memory
 
     @property
@@ -89,10 +90,6 @@ class Result:
     def product_gflops_per_second(self) -> float | None:
         """This machine's rate at the case's product shapes, each weighted by its share of the FLOPs."""
         return None if self.product_seconds is None else self.flops / self.product_seconds / 1e9
-
-    @property
-    def share_of_product_rate(self) -> float | None:
-        return None if self.product_seconds is None else self.product_seconds / self.median
 
 
 def time_ratio(result: Result, baseline: Result) -> float:
@@ -179,11 +176,21 @@ def _timers(
 
 
 def _result(case: Case, seconds: dict[str | Product, list[float]]) -> Result:
+    """The share of the product rate is, as the ratio to a baseline, the median over the rounds: on a busy machine two medians
+    may come from different rounds."""
     result = Result(name=case.name, items=case.items, seconds=tuple(seconds[case.name]))
     if case.products is None:
         return result
-    product_seconds = sum(count * statistics.median(seconds[product]) for product, count in case.products.items())
-    return dataclasses.replace(result, flops=total_flops(case.products), product_seconds=product_seconds)
+    shares = [
+        sum(count * seconds[product][i] for product, count in case.products.items()) / own
+        for i, own in enumerate(result.seconds)
+    ]
+    return dataclasses.replace(
+        result,
+        flops=total_flops(case.products),
+        product_seconds=sum(count * statistics.median(seconds[product]) for product, count in case.products.items()),
+        share_of_product_rate=statistics.median(shares),
+    )
 
 
 def synchronize(device: torch.device) -> None:

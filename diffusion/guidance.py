@@ -10,11 +10,11 @@ class ClassifierFreeGuidance:
     """Doubles the batch, asks ``model.forward_with_cfg`` and returns the guided half.
 
     scale 1 calls the plain network: the guided result is then the conditional one. channels: how many of the first channels are
-    guided; 3 is the published protocol, None guides all. Raises ValueError for a negative scale.
+    guided; 3 is the published protocol, None guides all. Raises ValueError for a negative scale or NaN.
     """
 
     def __init__(self, model: Callable[..., Tensor], scale: float, null_label: int, channels: int | None = 3):
-        if scale < 0:
+        if not scale >= 0:
             raise ValueError(f"the guidance scale must not be negative, got {scale}")
         self.model, self.scale, self.null_label, self.channels = model, scale, null_label, channels
 

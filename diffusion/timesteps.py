@@ -55,10 +55,15 @@ class LossSecondMomentSampler(UniformSampler):
         if self._counts.min() < self._history.shape[1]:
             return super().probabilities()
         p = np.sqrt(np.square(self._history).mean(1))
+        if not p.any():
+            return super().probabilities()
         return p / p.sum() * (1 - self.uniform_probability) + self.uniform_probability / self.num_timesteps
 
     def update(self, timesteps: np.ndarray, losses: np.ndarray) -> None:
+        """Losses that are not finite are left out: one of them would spoil every probability from then on."""
         for t, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
+            if not np.isfinite(loss):
+                continue
             self._history[t, self._counts[t] % self._history.shape[1]] = loss
             self._counts[t] += 1
 

@@ -26,7 +26,7 @@ NUM_REAL_PAIRS = 20
 
 
 def prepare(folder: Path) -> None:
-    """Write the images, enlarged from 8x8 to 16x16, as <class>/<index>.png, of which a random 20 % are held out."""
+    """Write the images, every pixel of the 8x8 doubled, as <class>/<index>.png, of which a random 20 % are held out."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     for split, indices in (("held_out", order[:HELD_OUT]), ("train", order[HELD_OUT:])):
@@ -34,7 +34,7 @@ def prepare(folder: Path) -> None:
             path = folder / split / str(digits.target[index]) / f"{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = (digits.images[index] * 255 / 16).round().astype(np.uint8)
-            Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(path)
+            Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST).save(path)
     print(f"{folder}: {len(order) - HELD_OUT} training and {HELD_OUT} held-out images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels")
 
 

@@ -71,6 +71,9 @@ def parse_amm(text: str) -> AMM:
         ) from None
 
 
+MAXIMA = {"exp": 0.5 * math.e, "cos": 1.3}  # of M: its diagonal
+
+
 def amm_matrix(grid: int, form: Form, dtype: torch.dtype = torch.float32) -> Tensor:
     """M, (N, N) for a grid x grid map of tokens.
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.amm import amm_matrix
+from models.amm import MAXIMA, amm_matrix
 
 
 class RelativePositionBias(nn.Module):
@@ -70,8 +70,9 @@ class Attention(nn.Module):
         self.amm = amm
         if amm:
             matrix = amm_matrix(grid, amm, torch.float64)
-            self.amm_max = matrix.max().item()
-            logs = torch.cat([matrix.log(), (self.amm_max - matrix).log()], dim=1).float()
+            self.amm_max = MAXIMA[amm]
+            rest = (self.amm_max - matrix).clamp(min=0)  # the diagonal is 0, or its rounding
+            logs = torch.cat([matrix.log(), rest.log()], dim=1).float()
             self.register_buffer("amm_log", logs, persistent=False)  # (N, 2N)
         self._cached_bias: Tensor | None = None
         self._cache_key: tuple | None = None

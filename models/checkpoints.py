@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from models.amm import AMM
-from models.edt import EDT, config_from_state, is_edt_state
-from models.registry import CONFIGS, model_config, resolve_amm
+from models.edt import config_from_state, is_edt_state
+from models.registry import CONFIGS, build_network, model_config, resolve_amm
 
 WEIGHT_KEYS = ("ema", "model")
 
@@ -46,11 +47,11 @@ def read_file(path: str | os.PathLike) -> dict:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+    except Exception as error:  # a damaged file can make a reader raise anything, from IndexError to struct.error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to where a cut file has no bytes
+            raise
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise ValueError(f"{path} holds pickled objects other than tensors, which could run code: refused") from None
-        raise ValueError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
@@ -70,15 +71,17 @@ def read_checkpoint(path: str | os.PathLike, which: str = "ema") -> Checkpoint:
     content = read_file(path)
     state = _weights(content, path, which)
     stated = content.get("config")
-    if isinstance(stated, dict) and stated.get("model") in CONFIGS:
+    stated = stated if isinstance(stated, dict) else {}
+    if str(stated.get("model")) in CONFIGS:
         name = stated["model"]
+        if not isinstance(stated.get("model_config"), dict):
+            raise ValueError(f"{path} names the model {name} but states no model_config: it was not written by this code")
         config = model_config(name, **stated["model_config"])
     elif is_edt_state(state):
         config = config_from_state(state)
-        name = next((name for name, (_, known) in CONFIGS.items() if known.widths == config.widths), None)
+        name = next((name for name, known in CONFIGS.items() if known.widths == config.widths), None)
     else:
         raise ValueError(f"{path} holds weights of no model known here; the models are {', '.join(CONFIGS)}")
-    stated = stated if isinstance(stated, dict) else {}
     return Checkpoint(
         path=Path(path),
         state=state,
@@ -115,7 +118,7 @@ def build_model(
             held = checkpoint.model or f"a model of widths {checkpoint.config.widths}"
             raise ValueError(f"{checkpoint.path} holds {held}, not {name}: leave the model's name out, or pass the right file")
     amm = resolve_amm(name or checkpoint.model or "this model", amm, cfg_scale, checkpoint.config.input_size)
-    model = EDT(checkpoint.config, amm)
+    model = build_network(checkpoint.config, amm)
     load_weights(model, checkpoint.state, checkpoint.path)
     return model.eval()
 

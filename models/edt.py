@@ -68,9 +68,12 @@ class EDTConfig:
         for name in ("depths", "widths", "num_heads"):
             value = getattr(self, name)
             value = (value,) * NUM_STAGES if isinstance(value, int) else tuple(value)
-            if len(value) != NUM_STAGES or min(value) < 1:
-                raise ValueError(f"{name} must be {NUM_STAGES} positive numbers, one a stage, got {value}")
+            if len(value) != NUM_STAGES or not all(isinstance(number, int) and number > 0 for number in value):
+                raise ValueError(f"{name} must be {NUM_STAGES} positive whole numbers, one a stage, got {value}")
             object.__setattr__(self, name, value)
+        for name in ("input_size", "patch_size", "in_channels", "num_classes", "mlp_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.input_size % (4 * self.patch_size):
             raise ValueError(
                 f"EDT halves its token grid twice: input_size must be divisible by {4 * self.patch_size}, got {self.input_size}"
@@ -79,8 +82,6 @@ class EDTConfig:
             raise ValueError(f"stages on the same level must be equally wide, got widths {self.widths}")
         if self.early_mask_block is not None and not 0 <= self.early_mask_block < self.depths[0]:
             raise ValueError(f"early_mask_block {self.early_mask_block} is not a block of stage 0 (depth {self.depths[0]})")
-        if self.num_classes < 1 or self.in_channels < 1:
-            raise ValueError(f"num_classes and in_channels must be positive, got {self.num_classes} and {self.in_channels}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -248,7 +249,7 @@ class EDT(nn.Module):
         if x.shape[1:] != (config.in_channels, config.input_size, config.input_size):
             expected = (config.in_channels, config.input_size, config.input_size)
             raise ValueError(f"the model takes latents of shape {expected}, got {tuple(x.shape[1:])}")
-        early_keep, *down_keeps = self._split_masks(keep_masks)
+        early_keep, *down_keeps = self._split_masks(keep_masks, len(x))
         c = self.t_embedder(t) + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
         blocks, skips = iter(self.blocks), []
@@ -266,15 +267,15 @@ class EDT(nn.Module):
                 x = self.down_blocks[i](x, c, down_keeps[i])
         return self.final_layer(x, c)
 
-    def _split_masks(self, keep_masks: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
+    def _split_masks(self, keep_masks: Sequence[Tensor] | None, batch: int) -> Sequence[Tensor | None]:
         """-> (early, first DownSample, second DownSample), None where nothing is dropped."""
         if keep_masks is None:
             return None, None, None
-        places = self.config.mask_places
-        if [mask.shape[1] for mask in keep_masks] != [place.num_tokens for place in places]:
-            shapes = [tuple(mask.shape) for mask in keep_masks]
-            raise ValueError(f"this model drops tokens at grids of {[p.num_tokens for p in places]} tokens, got masks {shapes}")
-        return keep_masks if len(places) == 3 else (None, *keep_masks)
+        expected = [(batch, place.num_tokens) for place in self.config.mask_places]
+        shapes = [tuple(mask.shape) for mask in keep_masks]
+        if shapes != expected:
+            raise ValueError(f"this model takes keep masks of shapes {expected}, got {shapes}")
+        return keep_masks if len(expected) == 3 else (None, *keep_masks)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance. x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.

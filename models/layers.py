@@ -115,7 +115,7 @@ class Block(nn.Module):
     def __init__(self, width: int, cond_width: int, attention: Attention, mlp_ratio: float = 4.0):
         super().__init__()
         self.attn = attention
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, round(width * mlp_ratio))
         self.adaLN_modulation = AdaLN(cond_width, width, 6)
 
     def forward(self, x: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.amm import AMM, default_amm, parse_amm
-from models.edt import EDT, EDT_CONFIGS
+from models.edt import EDT, EDT_CONFIGS, EDTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ PUBLISHED = {
     ),
 }
 
-FAMILIES = ((EDT, EDT_CONFIGS),)
-CONFIGS = {name: (network, config) for network, configs in FAMILIES for name, config in configs.items()}
+NETWORKS = {EDTConfig: EDT}
+CONFIGS = {**EDT_CONFIGS}
 
 
 def model_names() -> list[str]:
@@ -39,11 +39,16 @@ def model_config(name: str, **overrides):
     """The config of a named model with some fields replaced. Raises ValueError for an unknown name, field or value."""
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}; the models are {', '.join(CONFIGS)}")
-    config = CONFIGS[name][1]
+    config = CONFIGS[name]
     unknown = set(overrides) - {field.name for field in dataclasses.fields(config)}
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}")
     return dataclasses.replace(config, **overrides)
+
+
+def build_network(config: object, amm: AMM | None = None) -> nn.Module:
+    """The network of a config, with fresh weights."""
+    return NETWORKS[type(config)](config, amm)
 
 
 def resolve_amm(name: str, amm: AMM | str | bool | None, cfg_scale: float = 1.0, input_size: int = 32) -> AMM | None:
@@ -60,4 +65,4 @@ def create_model(name: str, *, amm: AMM | str | bool = False, **overrides) -> nn
     overrides: fields of the model's config, such as input_size, in_channels, num_classes, depths, widths, num_heads.
     """
     config = model_config(name, **overrides)
-    return CONFIGS[name][0](config, resolve_amm(name, amm, input_size=config.input_size))
+    return build_network(config, resolve_amm(name, amm, input_size=config.input_size))

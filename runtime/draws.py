@@ -31,7 +31,7 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, int(purpose)], counter=[0, index, step, 0]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=[0, index, step, 0]))
 
 
 def _positioned(seed: int, purpose: Purpose, indices: Sequence[int], step: int) -> Iterator[np.random.Generator]:

@@ -174,7 +174,7 @@ def test_wrong_input_shape(shape):
 @pytest.mark.parametrize("early, tokens", [(None, []), (None, [64]), (None, [16, 64]), (None, [64, 64, 16]), (1, [64, 16])])
 def test_wrong_masks(early, tokens):
     model = create_model("EDT-S/2", **TINY, early_mask_block=early)
-    with pytest.raises(ValueError, match="this model drops tokens"):
+    with pytest.raises(ValueError, match="this model takes keep masks of shapes"):
         model(*inputs(), [torch.ones(2, n, dtype=torch.bool) for n in tokens])
 
 
@@ -412,11 +412,12 @@ def test_cached_bias_follows_the_precision(amm):
         single = model(x, t, y)
         with torch.autocast("cpu", torch.bfloat16):
             mixed = model(x, t, y)
+            assert {block.attn.score_bias().dtype for block in model.blocks} == {torch.bfloat16}
+        assert {block.attn.score_bias().dtype for block in model.blocks} == {torch.float32}
         match(model(x, t, y), single)
         fresh = copy.deepcopy(model)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(fresh(x, t, y), mixed)
-            assert {block.attn.score_bias().dtype for block in fresh.blocks} == {torch.bfloat16}
         double = model.to(torch.float64)(x.double(), t, y)
         assert double.dtype == torch.float64
         match(double.float(), single)
@@ -432,3 +433,17 @@ def test_gradients_reach_every_table(expansions):
     model(*inputs()).square().sum().backward()
     assert all(table.grad.abs().max() > 0 for table in tables(model))
     assert expansions["calls"] == 24
+
+
+def test_masks_of_another_batch_do_not_broadcast():
+    model = create_model("EDT-S/2", **TINY)
+    x, t, y = torch.randn(2, 4, 16, 16), torch.tensor([1, 2]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="keep masks of shapes"):
+        model(x, t, y, [torch.ones(1, 64, dtype=torch.bool), torch.ones(1, 16, dtype=torch.bool)])
+
+
+def test_amm_model_on_the_meta_device():
+    """GMAC are counted there; a value read back from a tensor (once the matrix's maximum) has none to give."""
+    with torch.device("meta"):
+        model = create_model("EDT-S/2", amm=True).eval()
+        assert model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long)).shape == (1, 8, 32, 32)

@@ -103,20 +103,21 @@ def noisy():
     return torch.randn(3, 4, 8, 8, generator=draws)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_ddim_agrees_with_diffusers(noisy, eta):
+def test_ddim_agrees_with_diffusers(noisy, eta, clip):
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(**SETTINGS, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
+    scheduler = DDIMScheduler(**SETTINGS, clip_sample=clip, set_alpha_to_one=True, timestep_spacing="leading")
     scheduler.set_timesteps(50)
     diffusion = create_diffusion("ddim50")
     assert scheduler.timesteps.tolist() == diffusion.timestep_map[::-1]
     added = torch.randn(51, *noisy.shape, generator=torch.Generator().manual_seed(1))
-    steps = diffusion.ddim_sample_loop_progressive(network, noisy, step_noise=lambda k: added[k], eta=eta)
+    steps = diffusion.ddim_sample_loop_progressive(network, noisy, clip, step_noise=lambda k: added[k], eta=eta)
     x = noisy
     for k, (t, step) in enumerate(zip(diffusion.timestep_map[::-1], steps, strict=True), start=1):
         eps = network(x, torch.full((3,), t)).chunk(2, dim=1)[0]
-        x = scheduler.step(eps, t, x, eta=eta, variance_noise=added[k]).prev_sample
+        x = scheduler.step(eps, t, x, eta=eta, use_clipped_model_output=clip, variance_noise=added[k]).prev_sample
         match(step["sample"], x)
 
 
@@ -504,3 +505,14 @@ def test_guidance_of_scale_0_is_unconditional(noisy):
 def test_negative_guidance(scale):
     with pytest.raises(ValueError, match="must not be negative"):
         ClassifierFreeGuidance(FakeNetwork(), scale, null_label=10)
+
+
+def test_second_moment_sampler_survives_losses_that_are_not_finite():
+    """One NaN made every probability NaN from then on."""
+    sampler = LossSecondMomentSampler(4, history_per_term=1)
+    sampler.update(np.arange(4), np.array([1.0, np.nan, 1.0, 1.0]))
+    assert np.array_equal(sampler.probabilities(), np.full(4, 0.25))  # timestep 1 still has no loss
+    sampler.update(np.array([1]), np.array([2.0]))
+    assert np.isfinite(sampler.probabilities()).all() and sampler.probabilities()[1] == pytest.approx(0.4, rel=1e-2)
+    sampler.update(np.arange(4), np.zeros(4))
+    assert np.array_equal(sampler.probabilities(), np.full(4, 0.25))

@@ -192,6 +192,17 @@ def test_every_stream_is_its_own(draw):
     assert len(torch.cat(rows).unique(dim=0)) == 50 * len(streams)
 
 
+def test_a_row_is_what_its_generator_draws():
+    """Also after a longer row, and after an odd number of values: nothing is left over from the row before."""
+    for shape in ((), (3,), (2, 5)):
+        rows = normals(5, Purpose.LATENT, [4, 0, 9], step=6, shape=shape), uniforms(5, Purpose.LATENT, [4, 0, 9], 6, shape)
+        for k, index in enumerate((4, 0, 9)):
+            alone = generator(5, Purpose.LATENT, index, 6).standard_normal(shape, dtype=np.float32)
+            np.testing.assert_array_equal(rows[0][k].numpy(), alone)
+            alone = generator(5, Purpose.LATENT, index, 6).random(shape, dtype=np.float32)
+            np.testing.assert_array_equal(rows[1][k].numpy(), alone)
+
+
 def test_seeds_have_64_bits():
     """The key passed through float64: seeds from 2^63 on lost their low bits, and -1 gave the draws of seed 0."""
     seeds = (0, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2, -1)
