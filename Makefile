@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 D := demo_output
+# Processes of the demo: one a GPU (a power of two, to divide its batch), or two on a CPU.
+PROCESSES = $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count() or 2; print(2 ** (n.bit_length() - 1))")
+TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
 .PHONY: demo test lint bench demo-clean clean
 .DELETE_ON_ERROR:
@@ -23,7 +26,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.edt
 
 # The demo: the user's own scripts on scikit-learn's handwritten digits. Each step is skipped if what it makes is there.
-demo: $(D)/samples.png $(D)/samples_amm.png $(D)/reference.npz $(D)/plain/done $(D)/amm/done
+demo: $(D)/samples.png $(D)/samples_amm.png $(D)/reference.npz $(D)/sampled $(D)/sampled_amm
 	@for kind in plain amm; do echo "== evaluator, $$kind"; \
 		$(BIN)/python evaluations/evaluator.py $(D)/reference.npz $(D)/$$kind/samples_1000x16x16x3.npz --features pixels; done
 	$(BIN)/python examples/digits.py report --data $(D)/digits --samples $(D)/plain/samples_1000x16x16x3.npz \
@@ -31,30 +34,32 @@ demo: $(D)/samples.png $(D)/samples_amm.png $(D)/reference.npz $(D)/plain/done $
 
 CKPT := $(D)/runs/000-EDT-Ti-2/checkpoints/latest
 
-$(D)/digits/held_out: | .venv/installed
+$(D)/prepared: | .venv/installed
 	$(BIN)/python examples/digits.py prepare $(D)/digits
+	touch $@
 
-$(D)/features/labels.npy: | $(D)/digits/held_out
+$(D)/extracted: | $(D)/prepared
 	$(BIN)/python extract_features.py --data-path $(D)/digits/train --features-path $(D)/features --vae pixels --image-size 16
+	touch $@
 
-$(D)/reference.npz: | $(D)/digits/held_out
+$(D)/reference.npz: | $(D)/prepared
 	$(BIN)/python evaluations/reference.py $(D)/digits/held_out $@ --image-size 16
 
 # 1,200 steps of batch 64; the published recipe but for a schedule that fits so short a run.
-$(D)/trained: | $(D)/features/labels.npy
-	$(BIN)/python train_mask_adan.py --model EDT-Ti/2 --feature-path $(D)/features --results-dir $(D)/runs --resume auto \
+$(D)/trained: | $(D)/extracted
+	$(TORCHRUN) train_mask_adan.py --model EDT-Ti/2 --feature-path $(D)/features --results-dir $(D)/runs --resume auto \
 		--epochs 1000 --max-steps 1200 --global-batch-size 64 --init-lr 3e-3 --final-lr 1e-4 --lr-decay-steps 1200 \
 		--ema-decay 0.99 --timestep-sampler uniform --log-every 50 --ckpt-every 300
 	touch $@
 
-SAMPLE := $(BIN)/python sample_ddp.py --ckpt $(CKPT) --num-fid-samples 1000 --num-sampling-steps 50 --per-proc-batch-size 250
-PICTURES := $(BIN)/python inference.py --ckpt $(CKPT) --per-class 10 --batch-size 100 --num-sampling-steps 50
+SAMPLE = $(TORCHRUN) sample_ddp.py --ckpt $(CKPT) --num-fid-samples 1000 --num-sampling-steps 50 --per-proc-batch-size 250
+PICTURES = $(BIN)/python inference.py --ckpt $(CKPT) --per-class 10 --batch-size 100 --num-sampling-steps 50
 
-$(D)/plain/done: | $(D)/trained
+$(D)/sampled: | $(D)/trained
 	$(SAMPLE) --sample-dir $(D)/plain --labels balanced
 	touch $@
 
-$(D)/amm/done: | $(D)/trained
+$(D)/sampled_amm: | $(D)/trained
 	$(SAMPLE) --sample-dir $(D)/amm --labels balanced --amm True
 	touch $@
 

@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument(
         "--budget-seconds",
         type=cli.positive_float,
-        default=90.0,
+        default=60.0,
         help="for the rounds of the forwards, and again for those of the training steps: none begins later",
     )
     parser.add_argument("--threads", type=cli.positive_int, help="of the CPU (default: as torch chooses)")

@@ -113,8 +113,8 @@ EDT_CONFIGS = {
     # Ours, for one CPU and tiny images. A label table of standard deviation 0.02 is hardly learnt in the demo's short training.
     "EDT-Ti/2": EDTConfig(
         depths=(1, 1, 2, 1, 1),
-        widths=(72, 96, 120, 96, 72),
-        num_heads=(3, 4, 5, 4, 3),
+        widths=(64, 96, 128, 96, 64),
+        num_heads=(2, 3, 4, 3, 2),
         input_size=16,
         in_channels=3,
         num_classes=10,
