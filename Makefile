@@ -45,11 +45,12 @@ $(D)/extracted: | $(D)/prepared
 $(D)/reference.npz: | $(D)/prepared
 	$(BIN)/python evaluations/reference.py $(D)/digits/held_out $@ --image-size 16
 
-# 1,200 steps of batch 64; the published recipe but for a schedule that fits so short a run.
+# 2,000 steps of batch 32. So short a run wants a high learning rate, a short average, uniform timesteps and no min-SNR weight: under
+# the published recipe, made for 400,000 steps, the digits come out less varied than the real ones.
 $(D)/trained: | $(D)/extracted
 	$(TORCHRUN) train_mask_adan.py --model EDT-Ti/2 --feature-path $(D)/features --results-dir $(D)/runs --resume auto \
-		--epochs 1000 --max-steps 1200 --global-batch-size 64 --init-lr 3e-3 --final-lr 1e-4 --lr-decay-steps 1200 \
-		--ema-decay 0.99 --timestep-sampler uniform --log-every 50 --ckpt-every 300
+		--epochs 1000 --max-steps 2000 --global-batch-size 32 --init-lr 5e-3 --final-lr 1e-4 --lr-decay-steps 2000 \
+		--ema-decay 0.995 --timestep-sampler uniform --min-snr-gamma 0 --log-every 100 --ckpt-every 500
 	touch $@
 
 SAMPLE = $(TORCHRUN) sample_ddp.py --ckpt $(CKPT) --num-fid-samples 1000 --num-sampling-steps 50 --per-proc-batch-size 250
