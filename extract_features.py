@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None):
     )
     parser.add_argument("--flip", action=cli.BooleanFlag, help="encode the mirrored images as well, for flips in training")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="number format on disk")
-    parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="seed of the posterior samples")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the posterior samples")
     parser.add_argument("--skip-bad", action=cli.BooleanFlag, help="leave unreadable images out instead of stopping")
     return parser.parse_args(argv)
 

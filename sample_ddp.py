@@ -7,6 +7,7 @@ folder, it makes what is missing.
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from tqdm import tqdm
 
 from runtime import cli
 from runtime.distributed import my_share, start
-from sampling.generate import generate, label_source
+from sampling.generate import LABEL_RULES, generate, label_source
 from sampling.options import Pipeline, add_sampling_arguments, build_pipeline
 from sampling.writers import SampleFolder
+
+POLL_SECONDS = 1.0
 
 
 def parse(argv: Sequence[str] | None):
@@ -31,12 +34,15 @@ def parse(argv: Sequence[str] | None):
     return parser.parse_args(argv)
 
 
+def digest_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def settings_of(args, pipeline: Pipeline) -> dict:
     """Everything the images depend on."""
-    with open(args.ckpt, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "checkpoint_sha256": digest,
+        "checkpoint_sha256": digest_of(args.ckpt),
         "weights": args.weights,
         "codec": pipeline.codec.name,
         "amm": str(pipeline.amm or "off"),
@@ -46,7 +52,8 @@ def settings_of(args, pipeline: Pipeline) -> dict:
         "ddim": args.ddim,
         "seed": args.seed,
         "precision": args.precision,
-        "labels": args.labels,
+        "labels": args.labels if args.labels in LABEL_RULES else f"sha256 {digest_of(args.labels)}",
+        "png": args.png,
         "num_fid_samples": args.num_fid_samples,
     }
 
@@ -81,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for image_id, image in zip(batch.image_ids, batch.images.numpy(), strict=True):
                 folder.write(image_id, image)
             bar.update(len(batch.image_ids))
-    state.wait_for_everyone()
     if state.is_main_process:
+        # No barrier: the slowest process may lag by more than its timeout. If one fails, the launcher ends this one too.
+        while not folder.complete():
+            time.sleep(POLL_SECONDS)
         path = folder.finish(np.array([labels(i) for i in range(args.num_fid_samples)]))
         print(f"{path}: {args.num_fid_samples} images, AMM {pipeline.amm or 'off'}, guidance {args.cfg_scale}")
 

@@ -48,7 +48,7 @@ PLACEMENTS: dict[str, tuple[Placement, ...]] = {  # the EDT paper and its releas
     ),
     "EDT-B/2": (Placement(amm="exp:7,10", max_cfg_scale=1.5), Placement(amm="exp:8")),
     "EDT-XL/2": (Placement(amm="exp:23,25"),),  # exp:24 is the published alternative
-    "EDT-Ti/2": (Placement(amm="exp:4"),),  # ours: the block of stage 3, as block 7 of S; measured on the digits, see README
+    "EDT-Ti/2": (Placement(amm="exp:4"),),  # ours: the block of stage 3, as block 7 of S
 }
 
 

@@ -40,6 +40,8 @@ def read_file(path: str | os.PathLike) -> dict:
     Raises FileNotFoundError, or ValueError for a file that is damaged, is no checkpoint, or holds pickled code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder: name a file in it, for a run checkpoints/latest")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:

@@ -131,8 +131,12 @@ def is_edt_state(state: dict[str, Tensor]) -> bool:
 def config_from_state(state: dict[str, Tensor]) -> EDTConfig:
     """Infer an EDT's config from the keys and shapes of its state dict: also the depths, which differ between published files.
 
-    Raises ValueError where neighbouring stages are equally wide, since the keys do not tell them apart then.
+    Raises ValueError for missing keys, and where neighbouring stages are equally wide: the keys do not tell them apart.
     """
+    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.bias")
+    missing = [key for key in (*needed, "blocks.0.mlp.fc1.bias") if key not in state]
+    if missing:
+        raise ValueError(f"the weights of an EDT lack {', '.join(missing)}")
     runs: list[list[int]] = []  # [width, heads, depth] of each stage
     while (key := f"blocks.{sum(run[2] for run in runs)}.attn") + ".qkv.weight" in state:
         width, heads = state[key + ".qkv.weight"].shape[1], state[key + ".rel_pos_bias.relative_position_bias_table"].shape[1]
@@ -286,4 +290,4 @@ class EDT(nn.Module):
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         # The variance channels are never guided: they are no prediction of the noise.
-        return guide(out, cfg_scale, self.config.in_channels if channels is None else channels)
+        return guide(out.float(), cfg_scale, self.config.in_channels if channels is None else channels)

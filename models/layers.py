@@ -153,6 +153,14 @@ def guide(out: Tensor, scale: float | Tensor, channels: int | None = 3) -> Tenso
     return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile each transformer block: one compilation for each shape, since blocks of one shape share theirs."""
+    # Stages, AMM, train and eval, and a smaller last batch each add a graph; beyond the limit blocks silently run uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
 def init_weights(model: nn.Module, label_std: float = 0.02) -> None:
     """The DiT initialisation, for any model with x_embedder, t_embedder, y_embedder and final_layer.
 

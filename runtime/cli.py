@@ -6,6 +6,7 @@ unknown and abbreviated flags are errors. A mistake on the command line ends wit
 """
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -64,8 +65,8 @@ def _dashes(arg: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def number(kind: type, minimum: float, *, exclusive: bool = False) -> Callable[[str], float]:
-    """An argparse type: an int or float not below (or, exclusive, strictly above) ``minimum``."""
+def number(kind: type, minimum: float, maximum: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float from ``minimum`` (exclusive: above it) to ``maximum``, infinity excluded."""
 
     def parse(text: str):
         try:
@@ -74,6 +75,8 @@ def number(kind: type, minimum: float, *, exclusive: bool = False) -> Callable[[
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
         if not (value > minimum if exclusive else value >= minimum) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if exclusive else 'at least'} {minimum} and finite")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{text} must be at most {maximum}")
         return value
 
     return parse
@@ -83,6 +86,8 @@ positive_int = number(int, 1)
 non_negative_int = number(int, 0)
 positive_float = number(float, 0.0, exclusive=True)
 non_negative_float = number(float, 0.0)
+probability = number(float, 0.0, 1.0)
+seed = number(int, 0, 2**63 - 1)
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:

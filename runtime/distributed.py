@@ -30,27 +30,22 @@ def start() -> PartialState:
             f"the launcher announced WORLD_SIZE={announced} but {state.num_processes} process(es) joined: check the launcher's "
             "--nproc_per_node / --num_processes and MASTER_ADDR"
         )
-    if state.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     return state
 
 
 def start_training(precision: str, log_with: Sequence[str] = (), project_dir: str | None = None) -> Accelerator:
     """:func:`start`, with what training needs on top: mixed precision, DDP and trackers.
 
-    precision: fp32, bf16 or fp16. fp16 without an accelerator is refused: accelerate would silently train in fp32.
+    precision: see :func:`check_precision`.
     """
-    if precision == "fp16" and not has_accelerator():
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
-    start()
+    check_precision(precision, start().device)
     return Accelerator(
         cpu=not has_accelerator(),
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        # The static graph of one forward per micro-batch; buckets alias the gradients so that they are held once.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # Buckets alias the gradients, so that these are held once; the networks' buffers are constants, alike everywhere.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
 
 
@@ -59,6 +54,12 @@ def my_share(items: Sequence[T], state: PartialState | Accelerator) -> Sequence[
     most."""
     rank, world = state.process_index, state.num_processes
     return items[rank * len(items) // world : (rank + 1) * len(items) // world]
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ValueError for fp16 on a CPU: accelerate would silently train in fp32."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -16,8 +16,8 @@ class Purpose(IntEnum):
     """What a draw is for. The numbers are part of every published result: never reuse or renumber one."""
 
     DATA_ORDER = 1  # index: epoch
-    TIMESTEP = 2  # index: position in the global batch
-    NOISE = 3
+    TIMESTEP = 2  # index 0: one draw of the global batch
+    NOISE = 3  # index, as of all training draws below: position in the global batch
     NOISE_MASKED = 4  # the masked prediction's own noise and label dropout
     LABEL_DROP = 5
     LABEL_DROP_MASKED = 6

@@ -18,6 +18,7 @@ from diffusion.guidance import ClassifierFreeGuidance
 from runtime.draws import Purpose, normals, uniforms
 
 LabelOf = Callable[[int], int]
+LABEL_RULES = ("random", "balanced")
 
 
 @dataclass
@@ -99,7 +100,8 @@ def generate(
         with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
             for k, out in enumerate(sampler(guided, noise, y.to(device), step_noise), start=1):
                 if k in previewed:
-                    previews.append(codec.decode(out["pred_xstart"]).cpu())
+                    previews.append(out["pred_xstart"])
+        previews = [codec.decode(preview).cpu() for preview in previews]  # outside autocast, as the finished images
         yield Batch(ids, y, codec.decode(out["sample"]).cpu(), previews)
 
 

@@ -10,9 +10,10 @@ from diffusion import create_diffusion
 from models import model_names
 from models.amm import AMM
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
+from models.layers import compile_blocks
 from models.registry import resolve_amm
-from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, non_negative_int, positive_int
-from runtime.distributed import autocast_dtype
+from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positive_int, seed
+from runtime.distributed import autocast_dtype, check_precision
 from sampling.generate import GaussianSampler, Guidance
 
 DEFAULT_CODEC = "sd-vae-ft-ema"  # of published checkpoints, which do not say
@@ -22,7 +23,7 @@ class AMMFlag(BooleanFlag):
     """A boolean that also takes a placement, as exp:7,10."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        if value is not None and ":" in value:
+        if value is not None and ":" in value and not option_string.startswith("--no-"):
             setattr(namespace, self.dest, value)
         else:
             super().__call__(parser, namespace, value, option_string)
@@ -40,7 +41,7 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--num-sampling-steps", type=positive_int, default=250)
     parser.add_argument("--ddim", action=BooleanFlag, help="DDIM instead of ancestral sampling")
-    parser.add_argument("--seed", "--global-seed", type=non_negative_int, default=0)
+    parser.add_argument("--seed", "--global-seed", type=seed, default=0)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
     parser.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
 
@@ -68,8 +69,7 @@ class Pipeline:
 
 def build_pipeline(args, device: torch.device) -> Pipeline:
     """From the flags of :func:`add_sampling_arguments`. Raises ValueError for a checkpoint, codec or flag that does not fit."""
-    if args.precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
+    check_precision(args.precision, device)
     checkpoint = read_checkpoint(args.ckpt, args.weights)
     amm = resolve_amm(args.model or checkpoint.model, args.amm, args.cfg_scale, checkpoint.config.input_size)
     model = build_model(checkpoint, name=args.model, amm=amm).to(device)
@@ -79,9 +79,11 @@ def build_pipeline(args, device: torch.device) -> Pipeline:
             f"{args.ckpt} makes latents of {checkpoint.config.in_channels} channels, codec {codec.name} decodes "
             f"{codec.latent_channels}: pass the right one with --vae"
         )
+    scale = checkpoint.codec.get("scale", codec.scale)
+    if scale != codec.scale:
+        raise ValueError(f"{args.ckpt} was trained on latents times {scale}, codec {codec.name} scales by {codec.scale}")
     if args.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(model)
     sampler = GaussianSampler(create_diffusion(str(args.num_sampling_steps)), ddim=args.ddim)
     guidance = Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None)
     return Pipeline(checkpoint, model, sampler, codec, guidance, amm, autocast_dtype(args.precision))

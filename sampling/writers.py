@@ -57,6 +57,10 @@ class SampleFolder:
             missing |= ~np.isin(np.arange(self.num_images), [int(path.stem) for path in (self.folder / "png").glob("*.png")])
         return np.flatnonzero(missing).tolist()
 
+    def complete(self) -> bool:
+        """Whether every image has been written, by whatever process."""
+        return self.npz_path.exists() or bool((self._rows.progress() == SharedRows.WRITTEN).all())
+
     def __enter__(self) -> "SampleFolder":
         self._stack = contextlib.ExitStack()
         if not self.npz_path.exists():

@@ -211,9 +211,10 @@ def test_warm_start_of_another_architecture(tmp_path, weights):
 
 
 def test_missing_file(tmp_path):
-    for path in (tmp_path / "a.pt", tmp_path):
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        load_checkpoint(tmp_path)
 
 
 def test_missing_average(tmp_path, weights):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,7 +212,8 @@ def assert_same_state(a: dict, b: dict) -> None:
             assert torch.equal(value, b[which][key]), (which, key)
     for index, state in a["opt"]["state"].items():
         for key, value in state.items():
-            assert torch.equal(value, b["opt"]["state"][index][key]) if isinstance(value, torch.Tensor) else True
+            assert torch.equal(value, b["opt"]["state"][index][key]), (index, key)
+    assert a["opt"]["param_groups"] == b["opt"]["param_groups"]
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +247,8 @@ def test_resume_after_kill_is_bitwise_the_uninterrupted_run(latent_store, uninte
         "s.TrainingStep.__call__ = slow\n"
         f"import train_mask_adan; train_mask_adan.main({argv!r})"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     deadline = time.monotonic() + 90
     while not list(tmp_path.glob("*/checkpoints/*.pt")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
@@ -280,7 +281,7 @@ def test_init_from_takes_all_but_another_label_table(latent_store, uninterrupted
     train_mask_adan.main([*argv, "--init-lr", "1e-12", "--final-lr", "0"])
     ema, old = final_state(tmp_path)["ema"], torch.load(checkpoint, weights_only=True)["ema"]
     table = "y_embedder.embedding_table.weight"
-    assert ema[table].shape == (6, 72) and old[table].shape == (4, 72)
+    assert len(ema[table]) == 6 and len(old[table]) == 4
     for key in old:
         if key != table:
             torch.testing.assert_close(ema[key], old[key])
@@ -317,3 +318,36 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(late
         train_mask_adan.main(train_argv(latent_store, tmp_path))
     state = final_state(tmp_path)
     assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(latent_store, tmp_path, monkeypatch):
+    """The losses of a step come from before its update: a step that ruins the weights was once saved as the last good one."""
+    call = TrainingStep.__call__
+
+    def ruinous(self, step, batch, lr):
+        return call(self, step, batch, float("inf") if step == 3 else lr)
+
+    monkeypatch.setattr(TrainingStep, "__call__", ruinous)
+    with pytest.raises(ValueError, match=r"weights are not finite after step 4; .*0000002\.pt"):
+        train_mask_adan.main(train_argv(latent_store, tmp_path))
+    assert final_state(tmp_path)["step"] == 2
+
+
+def test_resume_with_other_flags_is_refused(latent_store, uninterrupted, tmp_path):
+    argv = train_argv(latent_store, uninterrupted, "--resume", "auto", "--seed", "1", "--optimizer", "adamw")
+    with pytest.raises(ValueError, match="--seed 0 -> 1, --optimizer adan -> adamw"):
+        train_mask_adan.main(argv)
+
+
+def test_going_back_to_an_older_checkpoint(latent_store, uninterrupted, tmp_path):
+    """The later ones once counted as newest: the first new checkpoint was deleted at once, and ``latest`` pointed nowhere."""
+    shutil.copytree(uninterrupted, tmp_path / "runs", symlinks=True)
+    folder = tmp_path / "runs" / "000-EDT-Ti-2" / "checkpoints"
+    argv = train_argv(latent_store, tmp_path / "runs", "--resume", str(folder / "0000002.pt"), "--keep-checkpoints", "1")
+    train_mask_adan.main([*argv, "--max-steps", "4"])
+    assert (folder / "latest").resolve().name == "0000004.pt"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0000004.pt", "0000004.pt.set-aside", "0000006.pt.set-aside", "latest",
+    ]  # fmt: skip
+    records = (folder.parent / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [2, 4]

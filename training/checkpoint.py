@@ -40,13 +40,28 @@ def save_checkpoint(state: dict, run_folder: Path, step: int, keep: int) -> Path
     """Write ``<step>.pt`` whole, then move ``latest`` to it, then remove all but the newest ``keep`` (0 keeps all)."""
     path = run_folder / "checkpoints" / f"{step:07d}.pt"
     save_atomic(state, path)
+    _point_latest_to(path)
+    for old in checkpoint_files(run_folder)[keep:] if keep else []:
+        old.unlink()
+    return path
+
+
+def set_newer_aside(run_folder: Path, step: int) -> list[Path]:
+    """Going on from an older checkpoint: later ones are renamed ``<step>.pt.set-aside``, so that they are neither continued
+    from nor counted. Returns them."""
+    newer = [path for path in checkpoint_files(run_folder) if int(path.stem) > step]
+    for path in newer:
+        path.rename(path.with_name(path.name + ".set-aside"))
+    if newer:
+        _point_latest_to(run_folder / "checkpoints" / f"{step:07d}.pt")
+    return newer
+
+
+def _point_latest_to(path: Path) -> None:
     link = path.with_name(f".{LATEST}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, path.with_name(LATEST))
-    for old in checkpoint_files(run_folder)[keep:] if keep else []:
-        old.unlink()
-    return path
 
 
 def read_resume(resume: str, results_dir: str | os.PathLike, model_name: str) -> tuple[Path, dict] | None:
@@ -73,7 +88,12 @@ def read_resume(resume: str, results_dir: str | os.PathLike, model_name: str) ->
         raise ValueError(f"--resume {path}: {', '.join(missing)} missing, a run cannot be continued from it; try --init-from")
     if content["config"]["model"] != model_name:
         raise ValueError(f"--resume {path} is a run of {content['config']['model']}, not of --model {model_name}")
-    return path.resolve().parent.parent, content
+    path = path.resolve()
+    if path.parent.name != "checkpoints":
+        raise ValueError(
+            f"--resume {path} does not lie in a run's checkpoints folder; start a new run from it with --init-from"
+        )
+    return path.parent.parent, content
 
 
 def _file_name(model_name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.checkpoint import checkpoint_files, save_checkpoint
+from training.checkpoint import checkpoint_files, save_checkpoint, set_newer_aside
 from training.data import Batches
 from training.logging import RunLog
 from training.optim import linear_lr
@@ -47,13 +47,20 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint's content. Model and EMA weights are expected to be loaded already."""
-        self.train_step.optimizer.load_state_dict(state["opt"])
+        optimizer = self.train_step.optimizer
+        here = [group.get("foreach") for group in optimizer.param_groups]  # a choice by device, not part of the run's state
+        optimizer.load_state_dict(state["opt"])
+        for group, foreach in zip(optimizer.param_groups, here, strict=True):
+            if "foreach" in group:
+                group["foreach"] = foreach
         self.train_step.timestep_sampler.load_state_dict(state["sampler"])
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.summed_steps = state["step"], state["summed_steps"]
         if self.accelerator.is_main_process:  # the checkpoint holds the sum over all processes
             self.sums += state["sums"].to(self.sums)
+            for path in set_newer_aside(self.folder, self.step):
+                print(f"going on from step {self.step}: {path} is set aside")
 
     def train(self, sample: Callable[[int], None] | None = None) -> None:
         """Go on to ``max_steps``. sample(step) draws a grid of samples; it is called in the main process.
@@ -97,17 +104,21 @@ class Run:
     def _global_sums(self) -> Tensor:
         sums = self.accelerator.reduce(self.sums, reduction="sum")
         if not torch.isfinite(sums).all():
-            good = checkpoint_files(self.folder)
-            raise ValueError(
-                f"the loss is not finite at or before step {self.step} (first seen in the last {self.summed_steps} steps); "
-                f"the last good checkpoint is {good[0] if good else 'none'}: "
-                "resume from it with a lower --init-lr or --precision fp32"
-            )
+            self._stop(f"the loss is not finite at or before step {self.step} (seen in the last {self.summed_steps} steps)")
         return sums
 
+    def _stop(self, reason: str) -> None:
+        good = checkpoint_files(self.folder)
+        raise ValueError(
+            f"{reason}; the last good checkpoint is {good[0] if good else 'none'}: "
+            "start again with --init-from it and a lower --init-lr, or --precision fp32"
+        )
+
     def _save(self) -> None:
-        """Only a state whose losses were all finite is written."""
+        """Only a state whose losses and weights are all finite is written."""
         sums = self._global_sums() if self.summed_steps else self.sums
+        if not all(parameter.isfinite().all() for parameter in self.train_step.model.parameters()):
+            self._stop(f"the weights are not finite after step {self.step}")
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler

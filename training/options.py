@@ -9,6 +9,8 @@ from runtime.cli import (
     number,
     positive_float,
     positive_int,
+    probability,
+    seed,
 )
 from training.optim import OPTIMIZERS
 
@@ -16,7 +18,7 @@ from training.optim import OPTIMIZERS
 def add_training_arguments(parser: ArgumentParser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--results-dir", default="results", help="each run makes a folder <index>-<model> in it")
-    run.add_argument("--seed", type=non_negative_int, default=0, help="of weights, data order, timesteps, noise and masks")
+    run.add_argument("--seed", type=seed, default=0, help="of weights, data order, timesteps, noise and masks")
     run.add_argument(
         "--resume", metavar="auto|PATH", help="continue: auto = the last run of this model in --results-dir, if any"
     )
@@ -43,10 +45,8 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     recipe.add_argument("--final-lr", type=non_negative_float, default=5e-5, help="learning rate at --lr-decay-steps and after")
     recipe.add_argument("--lr-decay-steps", type=non_negative_int, default=400_000, help="0 = constant learning rate")
     recipe.add_argument("--weight-decay", type=non_negative_float, default=0.0)
-    recipe.add_argument("--ema-decay", type=number(float, 0.0), default=0.9999)
-    recipe.add_argument(
-        "--label-dropout", type=number(float, 0.0), default=0.1, help="probability of training without the label"
-    )
+    recipe.add_argument("--ema-decay", type=number(float, 0.0, 0.999999), default=0.9999)
+    recipe.add_argument("--label-dropout", type=probability, default=0.1, help="probability of training without the label")
     recipe.add_argument("--timestep-sampler", choices=tuple(SAMPLERS), default="loss-second-moment")
     recipe.add_argument(
         "--min-snr-gamma", type=non_negative_float, default=5.0, help="weigh the error by min(SNR, gamma)/SNR; 0 = no weight"

@@ -10,8 +10,9 @@ from torch import nn
 from data.store import LatentStore
 from diffusion import GaussianDiffusion
 from diffusion.timesteps import SAMPLERS
-from models.checkpoints import describe, load_weights, read_checkpoint, warm_start
-from runtime.distributed import my_share, start_training
+from models.checkpoints import Checkpoint, describe, load_weights, read_checkpoint, warm_start
+from models.layers import compile_blocks
+from runtime.distributed import check_precision, my_share, start_training
 from training.checkpoint import new_run_folder, read_resume
 from training.data import Batches, DataOrder, MaskPlace
 from training.ema import EMA
@@ -29,14 +30,30 @@ def open_store(args: Namespace) -> tuple[LatentStore, int]:
     return store, num_classes
 
 
+# What the result of a run depends on: these cannot change when it is resumed.
+FIXED_FLAGS = (
+    "seed", "global_batch_size", "num_classes", "masked", "optimizer", "weight_decay", "ema_decay", "label_dropout",
+    "timestep_sampler", "min_snr_gamma", "precision",
+)  # fmt: skip
+
+
 def find_folder(args: Namespace, state: PartialState) -> tuple[Path, dict | None]:
     """The run's folder, new or resumed, and the checkpoint it continues from. The folder is made by one process."""
     found = read_resume(args.resume, args.results_dir, args.model) if args.resume else None
+    if found:
+        _refuse_other_flags(args, found[1]["args"])
     state.wait_for_everyone()  # before a new folder appears that another process might take for a resumable run
     folder = [None]
     if state.is_main_process:
         folder = [found[0] if found else new_run_folder(args.results_dir, args.model)]
     return Path(broadcast_object_list(folder)[0]), found[1] if found else None
+
+
+def _refuse_other_flags(args: Namespace, before: dict) -> None:
+    pairs = [(name, before.get(name), getattr(args, name)) for name in FIXED_FLAGS]
+    changed = [f"--{name.replace('_', '-')} {old} -> {new}" for name, old, new in pairs if old != new]
+    if changed:
+        raise ValueError(f"--resume {args.resume}: the run was begun with other flags ({', '.join(changed)}): give the same")
 
 
 def prepare_run(
@@ -56,13 +73,14 @@ def prepare_run(
     batch = args.global_batch_size
     if batch % state.num_processes:
         raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
-    folder, resumed = find_folder(args, state)
+    check_precision(args.precision, state.device)
+    source = read_checkpoint(args.init_from) if args.init_from else None
+    folder, resumed = find_folder(args, state)  # last: a mistake must not leave an empty run behind
     accelerator = start_training(args.precision, log_with=["tensorboard"], project_dir=str(folder))
     accelerator.init_trackers("tensorboard")
-    ema = _place(args, accelerator, model, resumed)
+    ema = _place(args, accelerator, model, resumed, source)
     if args.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(model)
     optimizer = create_optimizer(args.optimizer, model.parameters(), init_lr, args.weight_decay)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
 
@@ -88,14 +106,12 @@ def prepare_run(
     return run
 
 
-def _place(args: Namespace, accelerator: Accelerator, model: nn.Module, resumed: dict | None) -> EMA:
+def _place(args: Namespace, accelerator: Accelerator, model: nn.Module, resumed: dict | None, source: Checkpoint | None) -> EMA:
     """Put the weights the run starts from into the model, the model on its device, and average from there."""
     if resumed:
         load_weights(model, resumed["model"], args.resume)
-    elif args.init_from:
-        same_classes = warm_start(model, read_checkpoint(args.init_from))
-        if not same_classes:
-            accelerator.print(f"{args.init_from} has another number of classes: the label table starts afresh")
+    elif source and not warm_start(model, source):
+        accelerator.print(f"{source.path} has another number of classes: the label table starts afresh")
     model.to(accelerator.device)
     ema = EMA(model, args.ema_decay)
     if resumed:

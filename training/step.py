@@ -93,5 +93,5 @@ class TrainingStep:
 
     def _learn(self, step: int, losses: Tensor) -> None:
         """Show the timestep sampler the losses of the global batch, in its order, in every process."""
-        gathered = self.accelerator.gather(losses.float()).double().cpu().numpy()
+        gathered = self.accelerator.gather(losses.float()).cpu().double().numpy()
         self.timestep_sampler.update(self._sample_timesteps(step)[0], gathered)
