@@ -35,7 +35,7 @@ LEARNING_RATE = 1e-6  # the work is the same at any; a small one keeps the weigh
 CAPTION = """The cases take turns in shuffled order. Spread: interquartile range / median. Time / plain: the median of the
 rounds' ratios to the plain formulation (attention written out, position bias gathered at each call; in training also one pass
 after the other). GFLOP/s: the plain formulation's matrix products over the time. Products' GFLOP/s: the same products on their
-own, same shapes and precision, in the same rounds (medians of at least 15). Share: the first over the second, as the median of
+own, same shapes and precision, in the same run (medians of at least 15). Share: the first over the second, as the median of
 the rounds' own. Peak MB: the memory that one call adds to what is held before."""
 
 
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument(
         "--budget-seconds",
         type=cli.positive_float,
-        default=60.0,
+        default=40.0,
         help="for the rounds of the forwards, and again for those of the training steps: none begins later",
     )
     parser.add_argument("--threads", type=cli.positive_int, help="of the CPU (default: as torch chooses)")

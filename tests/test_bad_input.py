@@ -70,6 +70,16 @@ def test_latents_the_model_cannot_take(monkeypatch, capsys, image_folder, tmp_pa
     assert "input_size must be divisible by 8, got 12" in message
 
 
+def test_weights_for_other_latents(monkeypatch, capsys, latent_store, tmp_path):
+    torch.save({"ema": create_model("EDT-Ti/2", in_channels=4).state_dict()}, tmp_path / "four.pt")
+    argv = train_argv(latent_store, tmp_path / "runs", "--init-from", str(tmp_path / "four.pt"))
+    message = fails(monkeypatch, capsys, train_mask_adan.main, argv)
+    assert (
+        "four.pt does not fit the model: x_embedder.proj.weight has shape (64, 4, 2, 2), the model's is (64, 3, 2, 2)"
+        in message
+    )
+
+
 def test_label_beyond_num_classes(monkeypatch, capsys, latent_store, tmp_path):
     argv = train_argv(latent_store, tmp_path, "--num-classes", "2")
     assert "holds label 2, but --num-classes is 2" in fails(monkeypatch, capsys, train_mask_adan.main, argv)

@@ -299,6 +299,22 @@ def test_bf16_learns_as_fp32(latent_store, tmp_path, fresh_accelerate_state):
     assert losses["bf16"] != losses["fp32"]
 
 
+def test_compiled_training_follows_eager(latent_store, tmp_path, fresh_accelerate_state):
+    logs = []
+    for extra in ((), ("--compile",)):
+        fresh_accelerate_state()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        results = tmp_path / str(len(logs))
+        train_mask_adan.main(train_argv(latent_store, results, "--max-steps", "4", *extra))
+        logs.append([json.loads(line) for line in next(results.glob("*/metrics.jsonl")).open()])
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 3  # one for each width, though there are six blocks
+    assert not counters["graph_break"]
+    for eager, compiled in zip(*logs, strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-3)
+
+
 def test_sample_every_draws_a_grid(latent_store, tmp_path):
     argv = train_argv(latent_store, tmp_path, "--max-steps", "2", "--sample-every", "1", "--sample-steps", "2")
     train_mask_adan.main(argv)
