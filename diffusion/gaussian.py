@@ -175,13 +175,11 @@ class GaussianDiffusion:
 
         step_noise(k) gives the noise added after step k = 1, 2, ..., so that a caller can make it a function of each sample.
         """
-        x = noise
-        for k, i in enumerate(reversed(range(self.num_timesteps)), start=1):
-            t = torch.full((len(x),), i, device=x.device)
-            added = step_noise(k).to(x.device) if step_noise else torch.randn_like(x)
-            out = self.p_sample(model, x, t, added, clip_denoised, model_kwargs)
-            yield out
-            x = out["sample"]
+
+        def step(x: Tensor, t: Tensor, added: Tensor) -> dict[str, Tensor]:
+            return self.p_sample(model, x, t, added, clip_denoised, model_kwargs)
+
+        return self._steps(step, noise, step_noise, draws=True)
 
     def ddim_sample_loop_progressive(
         self,
@@ -193,11 +191,21 @@ class GaussianDiffusion:
         eta: float = 0.0,
     ) -> Iterator[dict[str, Tensor]]:
         """DDIM from ``noise``; as :meth:`p_sample_loop_progressive`. With eta = 0 nothing is drawn."""
+
+        def step(x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
+            return self.ddim_sample(model, x, t, added, clip_denoised, model_kwargs, eta)
+
+        return self._steps(step, noise, step_noise, draws=bool(eta))
+
+    def _steps(
+        self, step: Callable[..., dict[str, Tensor]], noise: Tensor, step_noise: StepNoise | None, draws: bool
+    ) -> Iterator[dict[str, Tensor]]:
+        """step(x, t, added noise) from t = T-1 to 0. draws: whether it wants noise."""
         x = noise
         for k, i in enumerate(reversed(range(self.num_timesteps)), start=1):
             t = torch.full((len(x),), i, device=x.device)
-            added = None if not eta else step_noise(k).to(x.device) if step_noise else torch.randn_like(x)
-            out = self.ddim_sample(model, x, t, added, clip_denoised, model_kwargs, eta)
+            added = None if not draws else step_noise(k).to(x.device) if step_noise else torch.randn_like(x)
+            out = step(x, t, added)
             yield out
             x = out["sample"]
 

@@ -299,6 +299,7 @@ def test_bf16_learns_as_fp32(latent_store, tmp_path, fresh_accelerate_state):
     assert losses["bf16"] != losses["fp32"]
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_follows_eager(latent_store, tmp_path, fresh_accelerate_state):
     logs = []
     for extra in ((), ("--compile",)):
