@@ -78,7 +78,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(store):
 def test_the_pair_together_equals_two_separate_passes(store):
     """The gradient of mean(w L_plain) + mean(w L_masked), each pass alone through the network."""
     model, batch, together, sums, train_step = one_step(store, micro_batch_size=6)
-    t, weights = train_step._timesteps(0)
+    t, weights = map(train_step._own, train_step._sample_timesteps(0))
     diffusion = create_diffusion(min_snr_gamma=5)
     kwargs = [{"y": batch.y[0]}, {"y": batch.y[1], "keep_masks": batch.keep_masks}]
     model.zero_grad()

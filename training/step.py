@@ -41,7 +41,8 @@ class TrainingStep:
     def __call__(self, step: int, batch: Batch, lr: float) -> Tensor:
         """Returns the sums over this process's samples of the unweighted :data:`PARTS`, on the device: reading them waits for
         it."""
-        t, weights = self._timesteps(step)
+        all_t, all_weights = self._sample_timesteps(step)
+        t, weights = self._own(all_t), self._own(all_weights)
         set_lr(self.optimizer, lr)
         batch = batch.to(self.accelerator.device)
         sums = torch.zeros(len(PARTS), device=self.accelerator.device)
@@ -59,7 +60,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         if self.timestep_sampler.learns:
-            self._learn(step, torch.cat(losses))
+            self._learn(all_t, torch.cat(losses))
         return sums
 
     def _sample_timesteps(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,11 +69,9 @@ class TrainingStep:
             uniforms(self.seed, Purpose.TIMESTEP, [0], step, (self.global_batch_size,))[0].numpy()
         )
 
-    def _timesteps(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's timesteps and importance weights, on the device."""
-        mine = slice(self.share.start, self.share.stop)
-        t, weights = (torch.from_numpy(values[mine]) for values in self._sample_timesteps(step))
-        return t.to(self.accelerator.device), weights.to(self.accelerator.device)
+    def _own(self, values: np.ndarray) -> Tensor:
+        """This process's part of what belongs to the global batch, on the device."""
+        return torch.from_numpy(values[self.share.start : self.share.stop]).to(self.accelerator.device)
 
     def _losses(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every sample (b,), summed over its passes, and the sums of PARTS.
@@ -91,7 +90,7 @@ class TrainingStep:
         parts = torch.stack([by_pass.sum(), losses["mse"].sum(), losses["vb"].sum(), by_pass[0].sum(), masked])
         return by_pass.sum(0), parts
 
-    def _learn(self, step: int, losses: Tensor) -> None:
-        """Show the timestep sampler the losses of the global batch, in its order, in every process."""
+    def _learn(self, timesteps: np.ndarray, losses: Tensor) -> None:
+        """Show the timestep sampler the global batch's timesteps and losses, in its order, in every process."""
         gathered = self.accelerator.gather(losses.float()).cpu().double().numpy()
-        self.timestep_sampler.update(self._sample_timesteps(step)[0], gathered)
+        self.timestep_sampler.update(timesteps, gathered)
