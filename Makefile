@@ -1,12 +1,14 @@
-# make demo | test | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything else goes into .venv.
+# make demo | test | test-tf | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything else goes into
+# .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
 PYTHON ?= python3.11
 BIN := .venv/bin
+TF_BIN := .venv-tf/bin
 D := demo_output
 # Processes of the demo: one a GPU (a power of two, to divide its batch), or two on a CPU.
 PROCESSES = $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count() or 2; print(2 ** (n.bit_length() - 1))")
 TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo test lint bench demo-clean clean
+.PHONY: demo test test-tf lint bench demo-clean clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt pyproject.toml
@@ -15,8 +17,21 @@ TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# TensorFlow is laid over the packages of .venv, by a .pth file that names them: a second copy of torch would take 6 GB more.
+PRINT_SITE = python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+.venv-tf/installed: .venv/installed evaluations/requirements-tf.txt
+	test -x $(TF_BIN)/python || $(PYTHON) -m venv .venv-tf
+	$(BIN)/$(PRINT_SITE) > "$$($(TF_BIN)/$(PRINT_SITE))/venv.pth"
+	$(TF_BIN)/python -m pip install --quiet --requirement requirements.txt --requirement evaluations/requirements-tf.txt
+	$(TF_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-tf: .venv-tf/installed
+	REQUIRE_TENSORFLOW=1 $(TF_BIN)/python -m pytest tests/test_inception_tf.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -74,4 +89,4 @@ demo-clean:
 	rm -rf $(D)
 
 clean: demo-clean
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-tf build *.egg-info

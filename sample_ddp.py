@@ -6,7 +6,6 @@ Image i depends on --seed and i alone: not on the number of processes, the batch
 folder, it makes what is missing.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from runtime import cli
 from runtime.distributed import my_share, start
+from runtime.files import file_sha256
 from sampling.generate import LABEL_RULES, generate, label_source
 from sampling.options import Pipeline, add_sampling_arguments, build_pipeline
 from sampling.writers import SampleFolder
@@ -34,15 +34,10 @@ def parse(argv: Sequence[str] | None):
     return parser.parse_args(argv)
 
 
-def digest_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def settings_of(args, pipeline: Pipeline) -> dict:
     """Everything the images depend on."""
     return {
-        "checkpoint_sha256": digest_of(args.ckpt),
+        "checkpoint_sha256": file_sha256(args.ckpt),
         "weights": args.weights,
         "codec": pipeline.codec.name,
         "amm": str(pipeline.amm or "off"),
@@ -52,7 +47,7 @@ def settings_of(args, pipeline: Pipeline) -> dict:
         "ddim": args.ddim,
         "seed": args.seed,
         "precision": args.precision,
-        "labels": args.labels if args.labels in LABEL_RULES else f"sha256 {digest_of(args.labels)}",
+        "labels": args.labels if args.labels in LABEL_RULES else f"sha256 {file_sha256(args.labels)}",
         "png": args.png,
         "num_fid_samples": args.num_fid_samples,
     }

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.cli import first_line
+
 HUB_NAMES = {"sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse"}
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the range to which the VAE's posterior clamps its log-variance
 WEIGHTS = "diffusion_pytorch_model"
@@ -153,7 +155,7 @@ def _load_folder(folder: Path):
     try:
         return _from_pretrained(folder, local_files_only=True, use_safetensors=any(folder.glob(f"{WEIGHTS}*.safetensors*")))
     except Exception as error:
-        raise ValueError(f"--vae {folder}: cannot load its weights: {_first_line(error)}; download the folder again") from error
+        raise ValueError(f"--vae {folder}: cannot load its weights: {first_line(error)}; download the folder again") from error
 
 
 def _load_hub(name: str, hub_id: str):
@@ -162,7 +164,7 @@ def _load_hub(name: str, hub_id: str):
     except Exception as error:
         raise ValueError(
             f"--vae {name}: there is no folder of that name, and {hub_id} could not be fetched from the hub "
-            f"({_first_line(error)}): download it on a machine with network and pass the folder with --vae"
+            f"({first_line(error)}): download it on a machine with network and pass the folder with --vae"
         ) from error
     _check_config(vae.config, hub_id)
     return vae
@@ -194,7 +196,3 @@ def _check_config(config: dict, source: object) -> None:
             )
     if not config.get("scaling_factor", 0.18215) > 0:
         raise ValueError(f"--vae {source} has scaling_factor {config['scaling_factor']}: it must be above 0")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ An ``.npz`` is a zip whose member ``<key>.npy`` holds a header (dtype, order, sh
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -16,6 +16,7 @@ import numpy as np
 from runtime.files import atomic_file
 
 BLOCK_BYTES = 16 * 2**20
+READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,47 @@ def npz_shape(path: str | os.PathLike, key: str) -> tuple[tuple[int, ...], np.dt
         return _read_header(member, path, key)
 
 
-def read_batches(path: str | os.PathLike, key: str, batch_size: int) -> Iterator[np.ndarray]:
+def read_batches(path: str | os.PathLike, key: str, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[np.ndarray]:
     """Yield array ``key`` as blocks (b, ...) of its rows, b = ``batch_size`` except in the last; only one block is in memory.
 
-    Raises ValueError, naming the file, when it is missing, no ``.npz``, cut short or damaged, lacks ``key``, or when the array
-    cannot be read by rows (a scalar, pickled objects, Fortran order).
+    rows: positions, ascending, of the rows to read; None: all. Raises ValueError, naming the file, when it is missing, no
+    ``.npz``, cut short or damaged, lacks ``key``, or when the array cannot be read by rows (a scalar, pickled objects, Fortran
+    order).
     """
     with _open_member(path, key) as member:
         shape, dtype = _read_header(member, path, key)
         if not shape:
             raise ValueError(f"{path}: {key} is a single number, not an array of rows")
         row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        for start in range(0, shape[0], batch_size):
-            rows = min(batch_size, shape[0] - start)
-            data = _read_exactly(member, rows * row_bytes)
-            if len(data) < rows * row_bytes:
-                raise ValueError(
-                    f"{path}: {key} ends within row {start + len(data) // row_bytes} of {shape[0]}: write it again"
-                )
-            yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+        first_byte = member.tell()
+        rows = range(shape[0]) if rows is None else rows
+        for start in range(0, len(rows), batch_size):
+            block = rows[start : start + batch_size]
+            data = memoryview(bytearray(len(block) * row_bytes))
+            filled = 0
+            for first, count in _runs(block):
+                member.seek(first_byte + first * row_bytes)
+                read = _fill(member, data[filled : filled + count * row_bytes])
+                if read < count * row_bytes:
+                    raise ValueError(f"{path}: {key} ends within row {first + read // row_bytes} of {shape[0]}: write it again")
+                filled += read
+            yield np.frombuffer(data, dtype).reshape(len(block), *shape[1:])
+
+
+def read_array(path: str | os.PathLike, key: str) -> np.ndarray:
+    """The whole array ``key``, for those that fit into memory. Raises as :func:`read_batches`."""
+    shape, dtype = npz_shape(path, key)
+    return np.concatenate([np.empty((0, *shape[1:]), dtype), *read_batches(path, key, batch_size=4096)])
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending positions as runs of neighbours: (first, how many)."""
+    if isinstance(rows, range):
+        yield rows.start, len(rows)
+        return
+    rows = np.asarray(rows)
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        yield int(run[0]), len(run)
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, "np.ndarray | RowBlocks"]) -> None:
@@ -143,9 +166,10 @@ def _read_header(member: BinaryIO, path: str | os.PathLike, key: str) -> tuple[t
     return shape, dtype
 
 
-def _read_exactly(member: BinaryIO, size: int) -> bytearray:
-    """``size`` bytes, or fewer at the end of the member: a single read may return less than asked for."""
-    data = bytearray()
-    while len(data) < size and (chunk := member.read(size - len(data))):
-        data += chunk
-    return data
+def _fill(member: BinaryIO, buffer: memoryview) -> int:
+    """Read until ``buffer`` is full or the member ends; how many bytes were read. A single read may return less than asked."""
+    filled = 0
+    while filled < len(buffer) and (chunk := member.read(min(len(buffer) - filled, READ_BYTES))):
+        buffer[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    return filled

@@ -1,42 +1,80 @@
 """Build a reference batch for evaluator.py from an image folder or from a latent store.
 
-python evaluations/reference.py DATA_PATH REF.npz --image-size 256 --num-images 10000
+    python evaluations/reference.py DATA_PATH REF.npz --image-size 256
+    torchrun --nproc_per_node=8 evaluations/reference.py imagenet/train REF.npz --image-size 256
+
+As ADM's own files it holds 10,000 images, for precision and recall, and the feature statistics of the whole data set, for FID.
 """
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 try:
     from data.codec import load_codec
     from data.images import ImageFolder, load_image
     from data.npz import RowBlocks, write_npz
     from data.store import META, LatentStore
+    from evaluations.batches import FEATURES_KEY, STATISTICS
+    from evaluations.features import Extractor, add_features_arguments, create_features
+    from evaluations.metrics import Moments
     from runtime import cli, draws
+    from runtime.ahead import read_ahead
+    from runtime.distributed import my_share, start
 except ModuleNotFoundError as error:
-    if error.name not in ("data", "runtime"):
+    if error.name not in ("data", "evaluations", "runtime"):
         raise
     raise SystemExit("error: install the repository first: pip install -e .") from None
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of square images.
+
+    labels: int64 (N,), None where unknown. read: positions -> uint8 (n, size, size, 3).
+    """
+
+    size: int
+    count: int
+    labels: np.ndarray | None
+    read: Callable[[Sequence[int]], np.ndarray]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("data_path", metavar="DATA_PATH", help="DATA_PATH/<class>/<image>, or a folder of extract_features.py")
-    parser.add_argument("ref", metavar="REF.npz", help="file to write: arr_0, uint8 (N, S, S, 3)")
+    parser.add_argument("ref", metavar="REF.npz", help="file to write")
     parser.add_argument(
         "--image-size", type=cli.positive_int, help="side in pixels of the centre crops; None: that of the latent store"
     )
-    parser.add_argument("--num-images", type=cli.positive_int, help="how many, drawn without replacement; None: all")
-    parser.add_argument("--seed", type=int, default=0, help="which --num-images images are drawn")
-    parser.add_argument("--vae", help="codec that decodes a latent store: name, local folder or hub id; None: the store's own")
-    parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="images in memory at once")
     parser.add_argument(
-        "--num-workers", type=cli.positive_int, default=min(8, os.cpu_count() or 1), help="threads that read images"
+        "--num-images",
+        type=cli.positive_int,
+        default=10_000,
+        help="images in the file, drawn without replacement; all where there are fewer",
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="which --num-images images are drawn")
+    parser.add_argument(
+        "--statistics",
+        action=cli.BooleanFlag,
+        default=True,
+        help="write mu, sigma, mu_s and sigma_s of the whole data set, whatever --num-images; without them the evaluator takes "
+        "those of the file's images",
+    )
+    add_features_arguments(parser)
+    parser.add_argument("--vae", help="codec that decodes a latent store: name, local folder or hub id; None: the store's own")
+    parser.add_argument(
+        "--num-workers", type=cli.positive_int, default=min(8, os.cpu_count() or 1), help="threads a process reads images with"
     )
     return parser.parse_args(argv)
 
@@ -45,68 +83,109 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.ref.endswith(".npz"):
         raise ValueError(f"the output must be named *.npz, got {args.ref!r}: DATA_PATH comes first, REF.npz second")
-    array = from_store(args) if is_store(args.data_path) else from_folder(args)
-    write_npz(args.ref, {"arr_0": array})
-    print(f"{args.ref}: {array.shape[0]} images of {array.shape[1]} x {array.shape[2]} pixels from {args.data_path}")
+    state = start()
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        images = from_store(args, state) if is_store(args.data_path) else from_folder(args, pool)
+        arrays = {}
+        if args.statistics:
+            with state.local_main_process_first():  # one process a machine downloads weights
+                extractor = create_features(args.features, state.device, args.inception_weights, args.timm_weights)
+            arrays = measure(images, extractor, args.batch_size, state)
+        if state.is_main_process:
+            write(args, images, arrays)
+
+
+def write(args: argparse.Namespace, images: Images, statistics: dict[str, np.ndarray]) -> None:
+    chosen = choose(images.count, args)
+    rows = RowBlocks(
+        (len(chosen), images.size, images.size, 3),
+        np.dtype(np.uint8),
+        (images.read(positions) for positions in batches(chosen, args.batch_size)),
+    )
+    arrays = {"arr_0": rows}
+    if images.labels is not None:
+        arrays["arr_1"] = images.labels[chosen]
+    write_npz(args.ref, arrays | statistics)
+    told = f", statistics of {images.count} ({args.features})" if statistics else ""
+    print(f"{args.ref}: {len(chosen)} images of {images.size} x {images.size} pixels from {args.data_path}{told}")
+
+
+def measure(images: Images, extractor: Extractor, batch_size: int, state: PartialState) -> dict[str, np.ndarray]:
+    """The statistics of all images as a reference carries them, on the main process; empty elsewhere.
+
+    Every process takes a slice of the data set; memory does not grow with it. Raises ValueError for fewer than two images.
+    """
+    if images.count < 2:
+        raise ValueError(f"a covariance needs two images, there is {images.count}: use --no-statistics")
+    mine = my_share(range(images.count), state)
+    moments = {layer: Moments() for layer in STATISTICS}
+    with tqdm(total=len(mine), unit=" images", disable=not state.is_main_process, file=sys.stderr) as progress:
+        for batch in read_ahead(images.read(positions) for positions in batches(mine, batch_size)):
+            features = extractor(batch)
+            for layer, known in moments.items():
+                if (values := getattr(features, layer)) is not None:
+                    known.update(values)
+            progress.update(len(batch))
+    gathered = gather_object([moments])
+    if not state.is_main_process:
+        return {}
+    arrays = {FEATURES_KEY: np.array([extractor.statistics])}
+    for layer, (mu_key, sigma_key) in STATISTICS.items():
+        total = Moments()
+        for part in gathered:
+            total.merge(part[layer])
+        if total.count:
+            arrays[mu_key], arrays[sigma_key] = total.mean_covariance()
+    return arrays
 
 
 def is_store(path: str) -> bool:
     return Path(path, META).exists() or any(Path(path).glob("*_features/*.npy"))
 
 
-def from_folder(args: argparse.Namespace) -> RowBlocks:
+def from_folder(args: argparse.Namespace, pool: ThreadPoolExecutor) -> Images:
     """The centre crops of an image folder."""
     if args.image_size is None:
         raise ValueError(f"--image-size is needed: {args.data_path} is no latent store, which would know it")
     if args.vae is not None:
         raise ValueError(f"--vae {args.vae} decodes latent stores, and {args.data_path} is none: leave it out")
-    paths = ImageFolder(args.data_path).paths
-    chosen = choose(len(paths), args)
+    folder = ImageFolder(args.data_path)
 
-    def blocks() -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(args.num_workers) as pool:
-            for indices in batches(chosen, args.batch_size):
-                yield np.stack(list(pool.map(lambda index: load_image(paths[index], args.image_size), indices)))
+    def read(positions: Sequence[int]) -> np.ndarray:
+        return np.stack(list(pool.map(lambda index: load_image(folder.paths[index], args.image_size), positions)))
 
-    return RowBlocks((len(chosen), args.image_size, args.image_size, 3), np.dtype(np.uint8), blocks())
+    return Images(args.image_size, len(folder), folder.labels, read)
 
 
-def from_store(args: argparse.Namespace) -> RowBlocks:
+def from_store(args: argparse.Namespace, state: PartialState) -> Images:
     """The decoded latents of a store, mirrored ones left out; of stored moments the mean is decoded."""
     store = LatentStore.open(args.data_path, labels_required=False)
     size = store.meta["image_size"]
     if args.image_size not in (None, size):
         raise ValueError(f"--image-size {args.image_size}: {args.data_path} holds latents of {size}-pixel images, leave it out")
-    chosen = choose(len(store), args)
-    codec = load_codec(args.vae or store.codec, "cuda" if torch.cuda.is_available() else "cpu")
+    codec = load_codec(args.vae or store.codec, state.device)
     if codec.latent_shape(size) != tuple(store.latent_shape):
         raise ValueError(
             f"codec {codec.name} has latents of {codec.latent_shape(size)}, {args.data_path} holds {tuple(store.latent_shape)} "
             f"of {store.codec}: pass the VAE it was made with as --vae"
         )
 
-    def blocks() -> Iterator[np.ndarray]:
-        for indices in batches(chosen, args.batch_size):
-            noise = torch.zeros(len(indices), *store.latent_shape) if store.needs_noise else None
-            latents = store.rows(indices, noise=noise)
-            # The scale of the latents is the store's; the codec takes its own out again.
-            yield codec.decode(latents * (codec.scale / store.scale)).cpu().numpy()
+    def read(positions: Sequence[int]) -> np.ndarray:
+        noise = torch.zeros(len(positions), *store.latent_shape) if store.needs_noise else None
+        latents = store.rows(np.asarray(positions), noise=noise)
+        # The scale of the latents is the store's; the codec takes its own out again.
+        return codec.decode(latents * (codec.scale / store.scale)).cpu().numpy()
 
-    return RowBlocks((len(chosen), size, size, 3), np.dtype(np.uint8), blocks())
+    return Images(size, len(store), store.labels, read)
 
 
 def choose(available: int, args: argparse.Namespace) -> np.ndarray:
     """The positions, ascending, of the images to take."""
-    if args.num_images is None:
-        return np.arange(available)
-    if args.num_images > available:
-        raise ValueError(
-            f"--num-images {args.num_images}: {args.data_path} holds only {available}, pass at most that or leave it out"
-        )
-    return np.sort(draws.generator(args.seed, draws.Purpose.METRIC_SUBSET).permutation(available)[: args.num_images])
+    order = draws.generator(args.seed, draws.Purpose.METRIC_SUBSET).permutation(available)
+    return np.sort(order[: args.num_images])
 
 
-def batches(positions: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def batches(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(positions), size):
         yield positions[start : start + size]
 

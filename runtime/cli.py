@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from runtime.distributed import leave_group
+
 TRUE_WORDS, FALSE_WORDS = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
@@ -97,12 +99,18 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """
     try:
         main(None)
+        leave_group()
     except torch.OutOfMemoryError as error:
         _fail(f"the device ran out of memory: lower the batch size or the micro-batch size ({str(error).splitlines()[0]})")
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without its paragraphs of advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _fail(message: str, code: int = 1) -> None:

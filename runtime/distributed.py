@@ -4,13 +4,17 @@ Every script runs as one process, under ``torchrun`` or under ``accelerate launc
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import gather_object
 
 T = TypeVar("T")
+GATHER_BYTES = 64 * 2**20  # what gather_rows sends at once
 
 
 def has_accelerator() -> bool:
@@ -31,6 +35,15 @@ def start() -> PartialState:
             "--nproc_per_node / --num_processes and MASTER_ADDR"
         )
     return state
+
+
+def leave_group() -> None:
+    """End this process's part in the process group, if it has one; all processes do so at about the same time.
+
+    Left to the interpreter's exit, gloo's threads now and then abort a process that has done all its work.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start_training(precision: str, log_with: Sequence[str] = (), project_dir: str | None = None) -> Accelerator:
@@ -56,6 +69,12 @@ def my_share(items: Sequence[T], state: PartialState | Accelerator) -> Sequence[
     return items[rank * len(items) // world : (rank + 1) * len(items) // world]
 
 
+def note(text: str) -> None:
+    """A remark for the user, on stderr, said by the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises ValueError for fp16 on a CPU: accelerate would silently train in fp32."""
     if precision == "fp16" and device.type == "cpu":
@@ -65,3 +84,33 @@ def check_precision(precision: str, device: torch.device) -> None:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """The autocast dtype of ``--precision``; None for fp32."""
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def gather_rows(rows: np.ndarray | None, state: PartialState) -> np.ndarray | None:
+    """The rows (n_k, ...) of all processes, in the order of the processes, on the main process; None elsewhere.
+
+    rows: contiguous, of one dtype and row shape everywhere; None where a process has none. Only the main process ever holds
+    the rows of others, and the device only a block of them.
+    """
+    shapes = gather_object([None if rows is None else (rows.shape, rows.dtype.str)])
+    known = [entry for entry in shapes if entry is not None]
+    if not known:
+        return None
+    row_shape, dtype = known[0][0][1:], np.dtype(known[0][1])
+    counts = [entry[0][0] if entry else 0 for entry in shapes]
+    block = max(1, GATHER_BYTES // max(1, int(np.prod(row_shape)) * dtype.itemsize))
+    if not state.is_main_process:
+        for start in range(0, counts[state.process_index], block):
+            torch.distributed.send(torch.from_numpy(rows[start : start + block]).to(state.device), 0)
+        return None
+    gathered = np.empty((sum(counts), *row_shape), dtype)
+    gathered[: counts[0]] = rows if rows is not None else 0
+    first = counts[0]
+    for process, count in enumerate(counts[1:], start=1):
+        for start in range(0, count, block):
+            part = torch.from_numpy(gathered[first + start : first + min(start + block, count)])
+            received = torch.empty_like(part, device=state.device)
+            torch.distributed.recv(received, process)
+            part.copy_(received)
+        first += count
+    return gathered

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 20  # index: image number
     SAMPLE_NOISE = 21  # step 0: initial noise, step k: the noise added after solver step k
     METRIC_SUBSET = 30
+    METRIC_RESAMPLE = 31  # index: resample; step 0: of a bootstrap, 1 and 2: reference and generated images of a subset
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """Files that are either old or new, never half-written."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -143,6 +144,11 @@ class SharedRows:
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
         self.progress_path.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import npz
-from data.npz import RowBlocks, npz_keys, npz_shape, read_batches, write_npz
+from data.npz import RowBlocks, npz_keys, npz_shape, read_array, read_batches, write_npz
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -22,6 +22,24 @@ def test_reads_what_numpy_writes(tmp_path, save, batch_size):
     blocks = list(read_batches(path, "arr_0", batch_size))
     assert [len(block) for block in blocks] == [batch_size] * (10 // batch_size) + [10 % batch_size] * (10 % batch_size > 0)
     np.testing.assert_array_equal(np.concatenate(blocks), images)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("rows", [range(3, 9), [0], [2, 3, 4, 7, 9], []])
+def test_reads_chosen_rows(tmp_path, save, rows):
+    """A process reads its own slice, a subset its own images: every gap is skipped, none shifts what follows."""
+    images = np.random.default_rng(0).integers(0, 256, (10, 5, 4, 3), np.uint8)
+    save(tmp_path / "a.npz", images)
+    blocks = list(read_batches(tmp_path / "a.npz", "arr_0", 2, rows))
+    assert [len(block) for block in blocks] == [2] * (len(rows) // 2) + [1] * (len(rows) % 2)
+    np.testing.assert_array_equal(np.concatenate([images[:0], *blocks]), images[list(rows)])
+
+
+def test_whole_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", names=np.array(["inception"]), mu=np.arange(9000.0), empty=np.empty((0, 3), np.int32))
+    assert read_array(tmp_path / "a.npz", "names").tolist() == ["inception"]
+    np.testing.assert_array_equal(read_array(tmp_path / "a.npz", "mu"), np.arange(9000.0))
+    assert read_array(tmp_path / "a.npz", "empty").shape == (0, 3)
 
 
 def test_numpy_reads_what_is_written(tmp_path, monkeypatch):

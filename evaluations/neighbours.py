@@ -1,0 +1,323 @@
+"""Who lies within whose ball, exactly, in blocks: the distances behind precision, recall, density and coverage.
+
+A ball reaches from a point to its k-th nearest neighbour in its own set. Almost every question about it has an obvious
+answer, for which float32 products with a bound on their error do; those that lie within the bound are asked again in float64,
+from the points' differences. So the results are those of float64 throughout, whatever the block size, the number of threads or
+the device, at the speed of float32 (on consumer GPUs 32 times that of float64).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 2048  # rows and columns of a block of distances: 16 MiB
+SPARE_NEIGHBOURS = 4  # nearest points kept beyond those sought, so that the last one is certain to be too far
+# Up to so many doubtful points, one subtracts; from there on the error bound is improved first.
+FEW = 64
+CENTRED_ROWS = 512  # rows in float64 at once: 8 MiB, to stay in cache, as the next
+PAIR_ELEMENTS = 2**20  # coordinates of the differences taken at once: 8 MiB
+EPS32, EPS64 = 2.0**-24, 2.0**-53  # half a unit in the last place
+UNDERFLOW = 1e-30  # more than what products of tiny coordinates can lose
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points (N, D), with what bounds their distances: for every pair, whatever the order of the sums in the product x.y is,
+
+        low_x + low_y - 2 x.y  <=  |x - y|^2  <=  high_x + high_y - 2 x.y
+
+    Rounding the product of D terms costs at most D EPS |x||y| (Higham 2002, section 3.1), that of coordinates, norms and sums a
+    few EPS of |x|^2 + |y|^2, which is no less than 2 |x||y|. All distances are in units in which coordinates are about 1.
+    """
+
+    points: Tensor  # (N, D) as given
+    scale: float  # a power of two, so that scaling rounds nothing
+    x: Tensor  # (N, D) float32: the points, centred and scaled
+    low: Tensor  # (N,) float32
+    high: Tensor  # (N,) float32
+
+    @classmethod
+    def around(cls, centre: Tensor, points: Tensor, scale: float) -> "Cloud":
+        """centre (D,) float64: any; the nearer to the points, the closer the bounds."""
+        x = torch.empty(points.shape, dtype=torch.float32, device=points.device)
+        norms = torch.empty(len(points), dtype=torch.float64, device=points.device)
+        for rows in _slices(len(points), CENTRED_ROWS):
+            block = (points[rows].double() - centre).mul_(scale)
+            x[rows] = block
+            norms[rows] = block.square_().sum(dim=1)
+        return cls(points, scale, x, *(bound.float() for bound in _norm_bounds(norms, points.shape[1], EPS32)))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Cloud":
+        return Cloud(self.points[rows], self.scale, self.x[rows], self.low[rows], self.high[rows])
+
+
+@dataclass(frozen=True)
+class Balls:
+    """Balls around a cloud's points, surface included: x is inside that of y where |x - y|^2 <= limit_y.
+
+    ``near`` and ``sure`` (N,) float32 decide by products: no unless near_y - 2 x.y <= -low_x, yes if sure_y - 2 x.y <= -high_x.
+    """
+
+    cloud: Cloud
+    limits: Tensor  # (N,) float64
+    near: Tensor
+    sure: Tensor
+
+    @classmethod
+    def of(cls, cloud: Cloud, limits: Tensor) -> "Balls":
+        slack = 8 * EPS32 * limits  # limits are rounded to float32 as well
+        near, sure = cloud.low.double() - limits - slack, cloud.high.double() - limits + slack
+        return cls(cloud, limits, near.float(), sure.float())
+
+    def __getitem__(self, rows: slice) -> "Balls":
+        return Balls(self.cloud[rows], self.limits[rows], self.near[rows], self.sure[rows])
+
+
+def membership(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Which of gen (M, D) are inside some ball of ref (N, D), and which of ref inside some ball of gen: bool (M,), (N,)."""
+    gen_balls, ref_balls = _balls(gen, ref, k)
+    gen_inside, gen_near = (torch.zeros(len(gen), dtype=torch.bool, device=gen.device) for _ in range(2))
+    ref_inside, ref_near = (torch.zeros(len(ref), dtype=torch.bool, device=ref.device) for _ in range(2))
+    a, b = gen_balls.cloud, ref_balls.cloud
+    for i, j, products in _product_blocks(a, b):
+        gen_inside[i] |= (products + ref_balls.sure[j]).amin(dim=1) <= -a.high[i]
+        gen_near[i] |= (products + ref_balls.near[j]).amin(dim=1) <= -a.low[i]
+        ref_inside[j] |= (products + gen_balls.sure[i, None]).amin(dim=0) <= -b.high[j]
+        ref_near[j] |= (products + gen_balls.near[i, None]).amin(dim=0) <= -b.low[j]
+    for inside, near, cloud, balls in ((gen_inside, gen_near, a, ref_balls), (ref_inside, ref_near, b, gen_balls)):
+        for rows in (near & ~inside).nonzero().squeeze(1).split(BLOCK_ROWS):
+            inside[rows] = _inside_any(cloud[rows], balls)
+    return gen_inside, ref_inside
+
+
+def ball_counts(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """In how many balls of ref (N, D) each of gen (M, D) is, int64 (M,), and whether each ball holds any, bool (N,)."""
+    cloud, balls = _clouds(gen, ref)
+    balls = Balls.of(balls, squared_radii(ref, k, cloud.scale))
+    counts = torch.zeros(len(gen), dtype=torch.int64, device=gen.device)
+    is_used = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
+    for i, j, products in _product_blocks(cloud, balls.cloud):
+        inside = products + balls.sure[j] <= -cloud.high[i, None]
+        doubtful = (products.add_(balls.near[j]) <= -cloud.low[i, None]) & ~inside
+        inside |= _decide(cloud[i], balls[j], doubtful)
+        counts[i] += inside.sum(dim=1)
+        is_used[j] |= inside.any(dim=0)
+    return counts, is_used
+
+
+def squared_radii(points: Tensor, k: int, scale: float) -> Tensor:
+    """Squared distance (N,) of every point (N, D) to its k-th neighbour, times scale^2; the point itself is neighbour 0."""
+    cloud = Cloud.around(_mean(points), points, scale)
+    lower, neighbours = _nearest_by_lower_bound(cloud, min(k + 1 + SPARE_NEIGHBOURS, len(points)))
+    upper = lower + (cloud.high - cloud.low)[:, None].double() + (cloud.high - cloud.low)[neighbours].double()
+    # Of the k + 1 nearest, those are settled that can only be before, or only behind, the last.
+    least, most = lower.kthvalue(k + 1, dim=1).values, upper.kthvalue(k + 1, dim=1).values
+    doubtful = (upper >= least[:, None]) & (lower <= most[:, None])
+    distances = torch.full_like(upper, torch.inf).masked_fill_(upper < least[:, None], -torch.inf)
+    distances[doubtful] = _squared_distances(cloud, doubtful.nonzero()[:, 0], cloud, neighbours[doubtful])
+    radii = distances.kthvalue(k + 1, dim=1).values
+    # What was not kept is no nearer than the last that was.
+    is_certain = (lower[:, -1] >= radii) | (radii == 0) | (lower.shape[1] == len(points))
+    for rows in (~is_certain).nonzero().squeeze(1).split(BLOCK_ROWS):
+        radii[rows] = _radii_below(cloud[rows], cloud, radii[rows], k)
+    return radii
+
+
+def _balls(gen: Tensor, ref: Tensor, k: int) -> tuple[Balls, Balls]:
+    """Radii are found around each set's own mean, so that a set far from the other loses nothing."""
+    scale = _common_scale(gen, ref)
+    limits = squared_radii(gen, k, scale), squared_radii(ref, k, scale)
+    return tuple(Balls.of(cloud, radii) for cloud, radii in zip(_clouds(gen, ref), limits, strict=True))
+
+
+def _clouds(gen: Tensor, ref: Tensor) -> tuple[Cloud, Cloud]:
+    centre, scale = (_mean(gen) + _mean(ref)) / 2, _common_scale(gen, ref)
+    return Cloud.around(centre, gen, scale), Cloud.around(centre, ref, scale)
+
+
+def _common_scale(*sets: Tensor) -> float:
+    extent = max(float(points.amax()) for points in sets) - min(float(points.amin()) for points in sets)
+    return math.ldexp(1.0, -math.frexp(extent)[1])
+
+
+def _mean(points: Tensor) -> Tensor:
+    """(D,) float64."""
+    return sum(points[rows].double().sum(dim=0) for rows in _slices(len(points), CENTRED_ROWS)) / len(points)
+
+
+def _norm_bounds(norms: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
+    """low and high of :class:`Cloud` for products of ``dim`` terms rounded to ``eps``; norms (N,): |x|^2."""
+    error = (dim + 32) * eps * norms + UNDERFLOW * (norms > 0)  # products with 0 are exact
+    return norms - error, norms + error
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _product_blocks(a: Cloud, b: Cloud) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows of a, rows of b, -2 x.y (n, m) float32) until every pair has been seen; of a cloud with itself, every
+    unordered pair of blocks, those of a block with itself first. The products are the caller's until the next ones."""
+    buffer = torch.empty(min(BLOCK_ROWS, len(a)) * min(BLOCK_ROWS, len(b)), device=a.x.device)
+    blocks = [(i, j) for i in _slices(len(a), BLOCK_ROWS) for j in _slices(len(b), BLOCK_ROWS)]
+    if a is b:
+        blocks = sorted((block for block in blocks if block[0].start <= block[1].start), key=lambda block: block[0] != block[1])
+    u, rows = None, None
+    for i, j in blocks:
+        if i != rows:
+            u, rows = -2 * a.x[i], i
+        v = b.x[j]
+        products = buffer[: len(u) * len(v)].view(len(u), len(v))
+        if u.device.type == "cpu":
+            np.matmul(u.numpy(), v.numpy().T, out=products.numpy())  # faster than torch's, and no less exact
+        else:
+            with _no_tf32():
+                torch.mm(u, v.T, out=products)
+        yield i, j, products
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """The bounds are those of float32 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _nearest_by_lower_bound(cloud: Cloud, count: int) -> tuple[Tensor, Tensor]:
+    """The least lower bounds of squared distances of every point, ascending, float64 (N, count), and whose they are."""
+    least = torch.full((len(cloud), count), torch.inf, device=cloud.x.device)
+    whose = torch.zeros(len(cloud), count, dtype=torch.int64, device=cloud.x.device)
+
+    def merge(rows: slice, values: Tensor, indices: Tensor) -> None:
+        values, indices = torch.cat([least[rows], values], dim=1), torch.cat([whose[rows], indices], dim=1)
+        least[rows], order = values.topk(count, dim=1, largest=False)
+        whose[rows] = indices.gather(1, order)
+
+    for i, j, products in _product_blocks(cloud, cloud):
+        bounds = products.add_(cloud.low[j]).add_(cloud.low[i, None])
+        if i == j:
+            values, columns = bounds.topk(min(count, len(bounds)), dim=1, largest=False)
+            merge(i, values, columns + j.start)
+        else:  # few are less than the least so far: listing them is faster than topk
+            r, c = (bounds < least[i, -1:]).nonzero().unbind(dim=1)
+            merge(i, *_by_row(r, bounds[r, c], c + j.start, len(bounds)))
+            r, c = (bounds < least[j, -1]).nonzero().unbind(dim=1)
+            c, order = c.sort(stable=True)
+            r = r[order]
+            merge(j, *_by_row(c, bounds[r, c], r + i.start, len(bounds.T)))
+    return least.double(), whose
+
+
+def _by_row(rows: Tensor, values: Tensor, indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Lists (P,), ascending in ``rows``, as tables (num_rows, most in a row), filled up with infinite values."""
+    numbers = rows.bincount(minlength=num_rows)
+    places = torch.arange(len(rows), device=rows.device) - (numbers.cumsum(0) - numbers)[rows]
+    shape = num_rows, int(numbers.max())
+    table, table_indices = values.new_full(shape, torch.inf), indices.new_zeros(shape)
+    table[rows, places], table_indices[rows, places] = values, indices
+    return table, table_indices
+
+
+def _radii_below(part: Cloud, cloud: Cloud, limits: Tensor, k: int) -> Tensor:
+    """:func:`squared_radii` of ``part``, some of ``cloud``'s points; they are known to be no more than ``limits`` (n,)."""
+    nearest = torch.full((len(part), k + 1), torch.inf, dtype=torch.float64, device=limits.device)
+    for _, j, products in _product_blocks(part, cloud):
+        bounds = products.add_(cloud.low[j]).add_(part.low[:, None])
+        columns = cloud[j]
+        doubtful = bounds <= ((1 + 8 * EPS32) * limits).float()[:, None]
+        for rows, crowd in _crowds(doubtful):
+            lower, upper = _close_bounds(part[rows], columns[crowd])
+            if len(crowd) > k:
+                limits[rows] = torch.minimum(limits[rows], upper.kthvalue(k + 1, dim=1).values)
+            doubtful[rows[:, None], crowd] &= lower <= limits[rows, None]
+        distances = torch.full(doubtful.shape, torch.inf, dtype=torch.float64, device=limits.device)
+        distances[doubtful] = _squared_distances(part, doubtful.nonzero()[:, 0], columns, doubtful.nonzero()[:, 1])
+        found = distances.topk(min(k + 1, len(columns)), dim=1, largest=False).values
+        nearest = torch.cat([nearest, found], dim=1).topk(k + 1, dim=1, largest=False).values
+        limits = torch.minimum(limits, nearest[:, -1])
+    return nearest[:, -1]
+
+
+def _inside_any(part: Cloud, balls: Balls) -> Tensor:
+    """Whether each point of ``part`` is inside some ball, bool (n,), decided in float64."""
+    inside = torch.zeros(len(part), dtype=torch.bool, device=part.x.device)
+    for _, j, products in _product_blocks(part, balls.cloud):
+        block = balls[j]
+        bounds = products.add_(block.near)
+        doubtful = (bounds <= -part.low[:, None]) & ~inside[:, None]
+        # One ball is enough: the likeliest first.
+        likeliest = torch.zeros_like(doubtful).scatter_(1, bounds.argmin(dim=1, keepdim=True), True) & doubtful
+        inside |= _decide(part, block, likeliest).any(dim=1)
+        inside |= _decide(part, block, doubtful & ~likeliest & ~inside[:, None]).any(dim=1)
+    return inside
+
+
+def _decide(part: Cloud, balls: Balls, doubtful: Tensor) -> Tensor:
+    """Which of the doubtful pairs (n, m) are a point and a ball that it is inside of, bool (n, m); ``doubtful`` is used up."""
+    inside = torch.zeros_like(doubtful)
+    for rows, crowd in _crowds(doubtful):
+        lower, upper = _close_bounds(part[rows], balls.cloud[crowd])
+        pairs = rows[:, None], crowd
+        inside[pairs] |= doubtful[pairs] & (upper <= balls.limits[crowd])
+        doubtful[pairs] &= (lower <= balls.limits[crowd]) & (upper > balls.limits[crowd])
+    i, j = doubtful.nonzero().unbind(dim=1)
+    inside[i, j] = _squared_distances(part, i, balls.cloud, j) <= balls.limits[j]
+    return inside
+
+
+def _crowds(doubtful: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield indices (rows, columns) of parts of ``doubtful`` (n, m), until no row has more than ``FEW`` pairs left.
+
+    Rows with many doubtful pairs are in a cluster, narrow against its distance to the centre. Each part is about one cluster.
+    """
+    left = doubtful.clone()
+    while left.numel():
+        numbers = left.sum(dim=1)
+        most = int(numbers.argmax())
+        if numbers[most] <= FEW:
+            return
+        columns = left[most].nonzero().squeeze(1)
+        rows = left[:, columns].any(dim=1).nonzero().squeeze(1)
+        yield rows, columns
+        left[rows[:, None], columns] = False
+
+
+def _close_bounds(a: Cloud, b: Cloud) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds (n, m) of squared distances, by float64 products around a point of ``b``: copies of it are found to be."""
+    centre = b.points[0].double()
+    u, v = ((cloud.points.double() - centre) * cloud.scale for cloud in (a, b))
+    (low_u, high_u), (low_v, high_v) = (_norm_bounds(x.square().sum(dim=1), x.shape[1], EPS64) for x in (u, v))
+    products = -2 * u @ v.T
+    return products + low_u[:, None] + low_v, products + high_u[:, None] + high_v
+
+
+def _squared_distances(a: Cloud, i: Tensor, b: Cloud, j: Tensor) -> Tensor:
+    """|a_i - b_j|^2, float64 (pairs,), from differences: the same bits for (i, j) and (j, i), in any batch, on any device."""
+    distances = torch.empty(len(i), dtype=torch.float64, device=i.device)
+    step = max(1, PAIR_ELEMENTS // a.points.shape[1])
+    for start in range(0, len(i), step):
+        pairs = slice(start, start + step)
+        differences = a.points[i[pairs]].double().sub_(b.points[j[pairs]])
+        distances[pairs] = _row_sums(differences.square_())
+    return distances.mul_(a.scale**2)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """(n, D) -> (n,), by halves: the order of a library's own sum depends on shape, threads and device. ``x`` is used up."""
+    while x.shape[1] > 1:
+        half = (x.shape[1] + 1) // 2
+        x[:, : x.shape[1] - half] += x[:, half:]
+        x = x[:, :half]
+    return x[:, 0]
