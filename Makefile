@@ -58,7 +58,7 @@ $(D)/extracted: | $(D)/prepared
 	touch $@
 
 $(D)/reference.npz: | $(D)/prepared
-	$(BIN)/python evaluations/reference.py $(D)/digits/held_out $@ --image-size 16
+	$(BIN)/python evaluations/reference.py $(D)/digits/held_out $@ --image-size 16 --features pixels
 
 # 2,000 steps of batch 32. So short a run wants a high learning rate, a short average, uniform timesteps and no min-SNR weight: under
 # the published recipe, made for 400,000 steps, the digits come out less varied than the real ones.

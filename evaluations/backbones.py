@@ -83,6 +83,8 @@ class ScriptModule:
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous()
         try:
             pool = self._module(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 f"--features {self.name} fails on uint8 images {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}"

@@ -75,12 +75,8 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     args = parse_args(argv)
     state = start()
     ref_shape, samples_shape = check_pair(args.ref, args.samples)
-    if args.features == "pixels" and ref_shape and ref_shape[1:] != samples_shape[1:]:
-        raise ValueError(
-            f"{args.ref} holds images of (H, W, C) {ref_shape[1:]}, {args.samples} of {samples_shape[1:]}: "
-            "--features pixels compares images of one size, make both alike"
-        )
     rows = choose_rows(samples_shape[0], args)
+    check_requests(args, ref_shape, samples_shape, len(rows))
     labels = read_labels(args.samples, samples_shape[0])[rows] if args.per_class or args.class_balance else None
     with state.local_main_process_first():  # one process a machine downloads weights
         extractor = create_features(args.features, state.device, args.inception_weights, args.timm_weights)
@@ -109,6 +105,29 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     if args.json:
         write_json(result, args.json)
     return result
+
+
+def check_requests(
+    args: argparse.Namespace, ref_shape: tuple[int, ...] | None, samples_shape: tuple[int, ...], num_samples: int
+) -> None:
+    """Raise ValueError for what these files cannot give, before an hour is spent on features."""
+    if ref_shape is None:
+        for flag in ("kid", "density_coverage", "per_class"):
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} needs the reference's images, {args.ref} holds statistics only: leave it out"
+                )
+        return
+    if args.features == "pixels" and ref_shape[1:] != samples_shape[1:]:
+        raise ValueError(
+            f"{args.ref} holds images of (H, W, C) {ref_shape[1:]}, {args.samples} of {samples_shape[1:]}: "
+            "--features pixels compares images of one size, make both alike"
+        )
+    smaller = min(ref_shape[0], num_samples)
+    if args.kid and args.kid_subset_size > smaller:
+        raise ValueError(
+            f"--kid-subset-size {args.kid_subset_size}: the smaller of the two sets has {smaller}, pass at most that"
+        )
 
 
 def choose_rows(available: int, args: argparse.Namespace) -> Sequence[int]:

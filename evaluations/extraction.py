@@ -102,9 +102,8 @@ def extract(
     mine = rows[starts[0] : starts[-1] + batch_size] if starts else []
     layers: dict[str, np.ndarray] = {}
     constant: list[int] = []
-    progress = tqdm(
-        total=len(mine), desc=os.path.basename(path), unit=" images", disable=not state.is_main_process, file=sys.stderr
-    )
+    shown = state.is_main_process and len(mine) > 0
+    progress = tqdm(total=len(mine), desc=os.path.basename(path), unit=" images", disable=not shown, file=sys.stderr)
     done = 0
     with progress:
         for images in read_ahead(read_batches(path, "arr_0", batch_size, mine)):

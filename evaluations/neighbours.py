@@ -47,9 +47,9 @@ class Cloud:
         x = torch.empty(points.shape, dtype=torch.float32, device=points.device)
         norms = torch.empty(len(points), dtype=torch.float64, device=points.device)
         for rows in _slices(len(points), CENTRED_ROWS):
-            block = (points[rows].double() - centre).mul_(scale)
-            x[rows] = block
-            norms[rows] = block.square_().sum(dim=1)
+            block = points[rows] - centre  # float64
+            torch.mul(block, scale, out=x[rows])
+            norms[rows] = block.square_().sum(dim=1).mul_(scale**2)
         return cls(points, scale, x, *(bound.float() for bound in _norm_bounds(norms, points.shape[1], EPS32)))
 
     def __len__(self) -> int:
@@ -71,6 +71,11 @@ class Balls:
     near: Tensor
     sure: Tensor
 
+    @property
+    def doubt(self) -> Tensor:
+        """The most by which ``sure`` exceeds ``near``, and its rounding."""
+        return (self.sure - self.near).amax() * (1 + 8 * EPS32)
+
     @classmethod
     def of(cls, cloud: Cloud, limits: Tensor) -> "Balls":
         slack = 8 * EPS32 * limits  # limits are rounded to float32 as well
@@ -81,6 +86,21 @@ class Balls:
         return Balls(self.cloud[rows], self.limits[rows], self.near[rows], self.sure[rows])
 
 
+@contextlib.contextmanager
+def _arithmetic() -> Iterator[None]:
+    """Products of float32 in float32, for which the bounds are, not in TF32; and torch on one CPU thread: its threads and those
+    of numpy's products would wait for each other, up to ten times as long as the work takes where the cores are not idle."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+
+
+@_arithmetic()
 def membership(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Which of gen (M, D) are inside some ball of ref (N, D), and which of ref inside some ball of gen: bool (M,), (N,)."""
     gen_balls, ref_balls = _balls(gen, ref, k)
@@ -88,16 +108,20 @@ def membership(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ref_inside, ref_near = (torch.zeros(len(ref), dtype=torch.bool, device=ref.device) for _ in range(2))
     a, b = gen_balls.cloud, ref_balls.cloud
     for i, j, products in _product_blocks(a, b):
-        gen_inside[i] |= (products + ref_balls.sure[j]).amin(dim=1) <= -a.high[i]
-        gen_near[i] |= (products + ref_balls.near[j]).amin(dim=1) <= -a.low[i]
-        ref_inside[j] |= (products + gen_balls.sure[i, None]).amin(dim=0) <= -b.high[j]
-        ref_near[j] |= (products + gen_balls.near[i, None]).amin(dim=0) <= -b.low[j]
+        for balls, cloud, inside, near, dim in (
+            (ref_balls[j], a[i], gen_inside[i], gen_near[i], 1),
+            (gen_balls[i], b[j], ref_inside[j], ref_near[j], 0),
+        ):
+            least = (products + balls.near.unsqueeze(1 - dim)).amin(dim=dim)
+            near |= least <= -cloud.low
+            inside |= least <= -cloud.high - balls.doubt
     for inside, near, cloud, balls in ((gen_inside, gen_near, a, ref_balls), (ref_inside, ref_near, b, gen_balls)):
         for rows in (near & ~inside).nonzero().squeeze(1).split(BLOCK_ROWS):
             inside[rows] = _inside_any(cloud[rows], balls)
     return gen_inside, ref_inside
 
 
+@_arithmetic()
 def ball_counts(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """In how many balls of ref (N, D) each of gen (M, D) is, int64 (M,), and whether each ball holds any, bool (N,)."""
     cloud, balls = _clouds(gen, ref)
@@ -150,7 +174,7 @@ def _common_scale(*sets: Tensor) -> float:
 
 def _mean(points: Tensor) -> Tensor:
     """(D,) float64."""
-    return sum(points[rows].double().sum(dim=0) for rows in _slices(len(points), CENTRED_ROWS)) / len(points)
+    return sum(points[rows].sum(dim=0, dtype=torch.float64) for rows in _slices(len(points), CENTRED_ROWS)) / len(points)
 
 
 def _norm_bounds(norms: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -179,20 +203,8 @@ def _product_blocks(a: Cloud, b: Cloud) -> Iterator[tuple[slice, slice, Tensor]]
         if u.device.type == "cpu":
             np.matmul(u.numpy(), v.numpy().T, out=products.numpy())  # faster than torch's, and no less exact
         else:
-            with _no_tf32():
-                torch.mm(u, v.T, out=products)
+            torch.mm(u, v.T, out=products)
         yield i, j, products
-
-
-@contextlib.contextmanager
-def _no_tf32() -> Iterator[None]:
-    """The bounds are those of float32 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _nearest_by_lower_bound(cloud: Cloud, count: int) -> tuple[Tensor, Tensor]:
@@ -295,7 +307,7 @@ def _crowds(doubtful: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _close_bounds(a: Cloud, b: Cloud) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds (n, m) of squared distances, by float64 products around a point of ``b``: copies of it are found to be."""
+    """Bounds (n, m) of squared distances by float64 products around a point of ``b``, whose copies are at 0 exactly."""
     centre = b.points[0].double()
     u, v = ((cloud.points.double() - centre) * cloud.scale for cloud in (a, b))
     (low_u, high_u), (low_v, high_v) = (_norm_bounds(x.square().sum(dim=1), x.shape[1], EPS64) for x in (u, v))

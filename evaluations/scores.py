@@ -49,7 +49,6 @@ def compute(
     if args.bootstrap:
         scores |= _fid_interval(ref, samples, scores["fid"], args)
     if ref.features is None:
-        _without_images(args, ref)
         reasons |= dict.fromkeys(("precision", "recall"), "the reference holds statistics only, no images")
     else:
         scores |= _by_images(ref, samples, labels, args, device)
@@ -73,14 +72,6 @@ def _fid_interval(ref: Side, samples: Side, fid: float, args: argparse.Namespace
     resampled = bootstrap_frechet(*ref.statistics["pool"], samples.features.pool, args.bootstrap, args.seed)
     error = float(np.std(resampled, ddof=1))
     return {"fid_standard_error": error, "fid_interval": [fid - NORMAL_95 * error, fid + NORMAL_95 * error]}
-
-
-def _without_images(args: argparse.Namespace, ref: Side) -> None:
-    for flag in ("kid", "density_coverage", "per_class"):
-        if getattr(args, flag):
-            raise ValueError(
-                f"--{flag.replace('_', '-')} needs the reference's images, {ref.path} holds statistics only: leave it out"
-            )
 
 
 def _by_images(ref: Side, samples: Side, labels: np.ndarray | None, args: argparse.Namespace, device: torch.device) -> dict:

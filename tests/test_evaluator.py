@@ -219,7 +219,7 @@ def test_num_samples_is_a_fixed_subset(files, evaluate):
 
 @pytest.fixture
 def labelled(files):
-    folder, ref, samples = files
+    folder, _, samples = files
     labels = np.repeat([0, 1, 3], [20, 20, 10])
     np.savez(folder / "labelled.npz", arr_0=samples, arr_1=labels)
     return labels
@@ -298,6 +298,13 @@ def test_bad_files(files, fails):
     (folder / "cut.npz").write_bytes(whole[:-100])
     assert "cut.npz is not a whole .npz file" in fails(evaluator.main, folder / "cut.npz", folder / "samples.npz")
     assert "absent.npz does not exist" in fails(evaluator.main, folder / "ref.npz", folder / "absent.npz")
+
+
+def test_too_large_subsets_are_refused_before_the_work(files, fails, monkeypatch):
+    folder, _, _ = files
+    monkeypatch.setattr(evaluator, "create_features", None)
+    line = fails(evaluator.main, folder / "ref.npz", folder / "samples.npz", "--kid")
+    assert "--kid-subset-size 1000: the smaller of the two sets has 50" in line
 
 
 def test_num_samples_out_of_range(files, fails):

@@ -11,7 +11,7 @@ import torch
 import torch_fidelity
 from torch.utils.data import Dataset
 
-from evaluations import evaluator, extraction
+from evaluations import evaluator
 from evaluations.extraction import extract
 from evaluations.features import Features, create_features
 from tests.launch import ROOT, run_script
@@ -173,7 +173,7 @@ def test_cached_statistics_are_those_the_reference_carries(files, measured):
 # --- faults
 
 
-def test_non_finite_feature_names_file_and_image(files, state, monkeypatch):
+def test_non_finite_feature_names_file_and_image(files, state):
     images = np.load(files / "samples.npz")["arr_0"]
 
     class Faulty(Counting):
@@ -188,7 +188,7 @@ def test_non_finite_feature_names_file_and_image(files, state, monkeypatch):
         extract(str(files / "samples.npz"), [3, 5, 20, 23, 30], Faulty(), 2, state)
 
 
-def test_gathering_in_blocks(files, monkeypatch):
+def test_gathering_in_blocks(files):
     """Rows larger than what is sent at once arrive in order; only then do the numbers agree."""
     script = files / "gather.py"
     script.write_text(
@@ -222,8 +222,8 @@ print("MiB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 102
 
 
 def test_memory_of_3000_images_of_64_pixels(tmp_path):
-    """Features of 32 x 32 x 3 float32 are 35 MiB a file, a 3072 x 3072 covariance in float64 is 72 MiB. A matrix of all distances
-    would be 69 MiB as well, images as floats 141 MiB; 800 MiB in all is the bound that docs/evaluation.md states."""
+    """Features of 32 x 32 x 3 in float32 are 35 MiB a file, a 3072 x 3072 covariance in float64 is 72 MiB, and the distance of two
+    of them needs several such matrices. 800 MiB in all is the bound that docs/evaluation.md states."""
     rng = np.random.default_rng(0)
     for name in ("ref", "samples"):
         np.savez(tmp_path / f"{name}.npz", rng.integers(0, 256, (3000, 64, 64, 3), np.uint8))
