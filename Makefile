@@ -39,6 +39,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.edt
+	$(BIN)/python -m benchmarks.evaluator
 
 # The demo: the user's own scripts on scikit-learn's handwritten digits. Each step is skipped if what it makes is there.
 demo: $(D)/samples.png $(D)/samples_amm.png $(D)/reference.npz $(D)/sampled $(D)/sampled_amm

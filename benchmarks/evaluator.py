@@ -24,7 +24,8 @@ QUICK = {"images": 400, "singular_images": 40, "features": 64}
 CAPTION = """The cases take turns in shuffled order. Time / plain: the median of the rounds' ratios to the plain formulation:
 numpy.cov and the trace of scipy.linalg.sqrtm(sigma1 @ sigma2); whole matrices of distances, one at a time, built in place, and
 numpy.partition for the neighbour, in float64 or, where it says so, float32. Peak MB: the memory that one call adds to what is
-held before, features included. Features: non-negative, correlated, in clusters, half of them zero, as Inception's pool."""
+held before, features included. Features: non-negative, correlated, in clusters, half of them zero, as Inception's pool. Where
+covariances are singular, the difference is sqrtm's: tests/test_frechet.py has the closed form."""
 
 
 @dataclass(frozen=True)

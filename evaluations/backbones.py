@@ -33,11 +33,12 @@ class TimmModel:
             self._load(weights)
         self._network.to(device).eval().requires_grad_(False)
         self.device = device
-        config = timm.data.resolve_model_data_config(self._network)
+        config = timm.data.resolve_model_data_config(self._network)  # of which size, mean and std are what is used
         self._size = config["input_size"][1:]
         self._mean, self._std = (torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std"))
         self.name = f"timm:{model}"
-        self.fingerprint = self.statistics = f"{self.name}:{_digest(self._network)}"
+        transform = [config[key] for key in ("input_size", "mean", "std")]
+        self.fingerprint = self.statistics = f"{self.name}:{_digest(self._network)}:{transform}"
 
     def _load(self, path: str) -> None:
         state = read_file(path)
@@ -85,11 +86,11 @@ class ScriptModule:
             pool = self._module(x)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # the latter for what the module itself asserts
             raise ValueError(
                 f"--features {self.name} fails on uint8 images {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}"
             ) from error
-        if not isinstance(pool, torch.Tensor) or pool.ndim != 2 or len(pool) != len(x):
+        if not isinstance(pool, torch.Tensor) or pool.ndim != 2 or len(pool) != len(x) or not pool.shape[1]:
             shape = tuple(pool.shape) if isinstance(pool, torch.Tensor) else type(pool).__name__
             raise ValueError(
                 f"--features {self.name} must return features ({len(x)}, D) for {len(x)} images, it returned {shape}"

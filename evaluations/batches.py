@@ -8,10 +8,12 @@ statistics over more images than it holds: ``mu, sigma`` of the pooled features,
 import numpy as np
 
 from data.npz import npz_keys, npz_shape, read_array, read_batches
+from evaluations.features import INCEPTION
 from runtime.distributed import note
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # layer -> keys of a reference batch
-FEATURES_KEY, UNNAMED_STATISTICS = "features", "inception"
+FEATURES_KEY = "features"
+MOST_CLASSES = 10**6  # a label beyond it is a mistake, and would take memory
 NEIGHBOUR = 3  # the k of precision and recall
 LOOKED_AT = 64  # images whose values are looked at before the work begins
 
@@ -52,9 +54,10 @@ def _image_shape(path: str) -> tuple[int, ...]:
     first = next(read_batches(path, "arr_0", LOOKED_AT))
     if dtype != np.uint8:
         raise ValueError(f"{path}: arr_0 is {dtype}, images are uint8 from 0 to 255: {_mend(first)}")
-    if first.max() == 1:
+    if first.max() <= 1:
         raise ValueError(
-            f"{path}: no value of the first images is above 1. Images in [0, 1] were cast to uint8: {_mend(first / 1.0)}"
+            f"{path}: no value of the first {len(first)} images is above 1: they are black, or images in [0, 1] were cast to "
+            f"uint8; {_mend(first / 1.0)} before the cast"
         )
     if shape[0] <= NEIGHBOUR:
         raise ValueError(
@@ -65,6 +68,8 @@ def _image_shape(path: str) -> tuple[int, ...]:
 
 def _mend(images: np.ndarray) -> str:
     """How values of this range become uint8."""
+    if images.dtype.kind not in "biuf":
+        return "save numbers"
     low, high = images.min(), images.max()
     if np.issubdtype(images.dtype, np.floating) and not np.isfinite((low, high)).all():
         index = int((~np.isfinite(images)).any(axis=(1, 2, 3)).argmax())
@@ -88,8 +93,12 @@ def carried_statistics(path: str, statistics: str, has_images: bool) -> Statisti
             mu, sigma = read_array(path, mu_key), read_array(path, sigma_key)
             if mu.ndim != 1 or sigma.shape != mu.shape * 2:
                 raise ValueError(f"{path}: {mu_key} is {mu.shape} and {sigma_key} {sigma.shape}, (D,) and (D, D) are needed")
+            if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise ValueError(f"{path}: {mu_key} or {sigma_key} has a non-finite entry: compute them again")
             carried[layer] = mu, sigma
-    owner = str(read_array(path, FEATURES_KEY)[0]) if FEATURES_KEY in keys else UNNAMED_STATISTICS
+        elif mu_key in keys or sigma_key in keys:
+            note(f"{path} has only one of {mu_key} and {sigma_key}: it is not used")
+    owner = _owner(path) if FEATURES_KEY in keys else INCEPTION
     if not carried or owner == statistics:
         return carried
     if not has_images:
@@ -101,13 +110,25 @@ def carried_statistics(path: str, statistics: str, has_images: bool) -> Statisti
     return {}
 
 
-def read_labels(path: str, num_images: int) -> np.ndarray:
-    """Labels ``arr_1``, int64 (N,), of a batch of N images. Raises ValueError where there are none."""
+def _owner(path: str) -> str:
+    """Whose statistics a reference carries: ``features``, a text."""
+    with np.load(path) as file:
+        owner = file[FEATURES_KEY]
+    if owner.size != 1 or owner.dtype.kind != "U":
+        raise ValueError(f"{path}: {FEATURES_KEY} is {owner.shape} {owner.dtype}, it is to be one text such as 'pixels'")
+    return owner.item()
+
+
+def read_labels(path: str, num_images: int, num_classes: int | None) -> np.ndarray:
+    """Labels ``arr_1``, int64 (N,), of a batch of N images. Raises ValueError where there are none, or beyond num_classes."""
     if "arr_1" not in npz_keys(path):
         raise ValueError(f"{path} has no labels arr_1: --per-class and --class-balance need one for each image, leave them out")
     labels = read_array(path, "arr_1")
-    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    if labels.shape != (num_images,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= MOST_CLASSES:
         raise ValueError(
-            f"{path}: arr_1 is {labels.shape} {labels.dtype}, class labels must be ({num_images},) integers of at least 0"
+            f"{path}: arr_1 is {labels.shape} {labels.dtype}, class labels must be ({num_images},) integers from 0 to "
+            f"{MOST_CLASSES - 1}"
         )
+    if num_classes and labels.max() >= num_classes:
+        raise ValueError(f"--num-classes {num_classes}: {path} has the label {labels.max()}, pass at least {labels.max() + 1}")
     return labels.astype(np.int64)

@@ -7,19 +7,20 @@ docs/evaluation.md explains the protocol, the weights and the flags.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import fields
 
-import numpy as np
 import torch
 
 try:
     from evaluations.batches import NEIGHBOUR, check_pair, read_labels
     from evaluations.extraction import load_reference, load_samples
-    from evaluations.features import add_features_arguments, create_features
-    from evaluations.scores import compute, lines
+    from evaluations.features import INCEPTION, add_features_arguments, load_extractor
+    from evaluations.scores import DENSITY_NEIGHBOUR, Requests, compute, lines
     from runtime import cli, draws
-    from runtime.distributed import leave_group, start
-    from runtime.files import write_json
+    from runtime.distributed import leave_group, start, together
+    from runtime.files import check_writable, write_json
 except ModuleNotFoundError as error:
     if error.name not in ("evaluations", "runtime"):
         raise
@@ -65,6 +66,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file; null where a metric is not defined")
     parser.add_argument("--cache", metavar="DIR", help="keep the reference's features and statistics there, by content")
     args = parser.parse_args(argv)
+    if args.num_classes and not args.class_balance:
+        parser.error(f"--num-classes {args.num_classes} is of --class-balance: add that, or leave it out")
     if args.bootstrap == 1:
         parser.error("--bootstrap 1: a deviation needs at least 2 resamples, 50 are plenty")
     return args
@@ -74,23 +77,23 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     """Print the metrics; the main process returns what ``--json`` writes, the others None."""
     args = parse_args(argv)
     state = start()
-    ref_shape, samples_shape = check_pair(args.ref, args.samples)
-    rows = choose_rows(samples_shape[0], args)
-    check_requests(args, ref_shape, samples_shape, len(rows))
-    labels = read_labels(args.samples, samples_shape[0])[rows] if args.per_class or args.class_balance else None
-    with state.local_main_process_first():  # one process a machine downloads weights
-        extractor = create_features(args.features, state.device, args.inception_weights, args.timm_weights)
+    with together():
+        ref_shape, samples_shape = check_pair(args.ref, args.samples)
+        rows = choose_rows(samples_shape[0], args)
+        check_requests(args, ref_shape, samples_shape, len(rows))
+        labels = read_labels(args.samples, samples_shape[0], args.num_classes)[rows] if needs_labels(args) else None
+        for target in (args.json, args.cache and os.path.join(args.cache, "file")):
+            if target and state.is_main_process:
+                check_writable(target)
+    extractor = load_extractor(args, state)
     ref = load_reference(args.ref, ref_shape[0] if ref_shape else 0, extractor, args.batch_size, state, args.cache)
     samples = load_samples(args.samples, rows, extractor, args.batch_size, state)
     leave_group()  # what follows may take the main process minutes, and nobody should have to wait for it
     if not state.is_main_process:
         return None
     device = state.device if state.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
-    scores, reasons = compute(ref, samples, labels, args, device)
-    # Only numbers of the network everyone uses stand alone.
-    suffix = "" if extractor.statistics == "inception" else f" ({args.features})"
-    for line in lines(scores, reasons, suffix):
-        print(line, flush=True)
+    requests = Requests(**{field.name: getattr(args, field.name) for field in fields(Requests)})
+    scores, reasons = compute(ref, samples, labels, requests, device)
     result = scores | {
         "features": args.features,
         "fingerprint": extractor.fingerprint,
@@ -102,9 +105,15 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         "num_samples": samples.num_images,
         "constant_images": {"ref": list(ref.constant), "samples": list(samples.constant)},
     }
-    if args.json:
+    if args.json:  # before printing, which fails where nobody reads any more
         write_json(result, args.json)
+    for line in lines(scores, reasons, "" if extractor.name == INCEPTION else f" ({extractor.name})"):
+        print(line, flush=True)
     return result
+
+
+def needs_labels(args: argparse.Namespace) -> bool:
+    return args.per_class or args.class_balance
 
 
 def check_requests(
@@ -124,6 +133,8 @@ def check_requests(
             "--features pixels compares images of one size, make both alike"
         )
     smaller = min(ref_shape[0], num_samples)
+    if args.density_coverage and smaller <= DENSITY_NEIGHBOUR:
+        raise ValueError(f"--density-coverage: the smaller of the two sets has {smaller}, it needs {DENSITY_NEIGHBOUR + 1}")
     if args.kid and args.kid_subset_size > smaller:
         raise ValueError(
             f"--kid-subset-size {args.kid_subset_size}: the smaller of the two sets has {smaller}, pass at most that"
@@ -138,8 +149,7 @@ def choose_rows(available: int, args: argparse.Namespace) -> Sequence[int]:
         raise ValueError(
             f"--num-samples {args.num_samples}: {args.samples} holds {available} images, pass {NEIGHBOUR + 1} to {available}"
         )
-    order = draws.generator(args.seed, draws.Purpose.METRIC_SUBSET).permutation(available)
-    return np.sort(order[: args.num_samples]).tolist()
+    return draws.subset(args.seed, available, args.num_samples).tolist()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,11 @@ from evaluations.batches import STATISTICS, Statistics, carried_statistics
 from evaluations.features import Extractor, Features
 from evaluations.metrics import mean_covariance
 from runtime.ahead import read_ahead
-from runtime.distributed import gather_rows, my_share, note
+from runtime.distributed import gather_rows, my_share, note, together
 from runtime.files import file_sha256
 
 LAYERS = tuple(field.name for field in fields(Features))
+CACHE_VERSION = 1  # raise it with any change to what an extractor computes, or old references stay in use
 SHOWN = 10  # positions that a message lists
 
 
@@ -29,14 +30,10 @@ class Side:
     """One of the two files, on the main process: its features, None where it has no images, and their statistics."""
 
     path: str
-    rows: Sequence[int]  # positions in the file of the images measured
+    num_images: int
     features: Features | None
     statistics: Statistics
     constant: Sequence[int] = ()  # positions of the images that are of one colour throughout
-
-    @property
-    def num_images(self) -> int:
-        return len(self.rows)
 
 
 def load_samples(path: str, rows: Sequence[int], extractor: Extractor, batch_size: int, state: PartialState) -> Side | None:
@@ -45,7 +42,7 @@ def load_samples(path: str, rows: Sequence[int], extractor: Extractor, batch_siz
     if extracted is None:
         return None
     features, constant = extracted
-    return Side(path, rows, features, compute_statistics(path, features, {}), constant)
+    return _complete(Side(path, len(rows), features, {}, constant), carried={})
 
 
 def load_reference(
@@ -55,38 +52,49 @@ def load_reference(
 
     cache: a folder; a reference with the same bytes is then measured once for each extractor.
     """
-    kept = None
-    if cache and num_images:
-        paths = [_cache_path(cache, path, extractor) if state.is_main_process else None]
-        kept = Path(broadcast_object_list(paths)[0])
-        loaded = [_read_cache(kept, path, num_images) if state.is_main_process else None]
-        # Only whether there is something is told the others: the features stay where they are needed.
-        if broadcast_object_list([loaded[0] is not None])[0]:
-            return loaded[0]
-    statistics = carried_statistics(path, extractor.statistics, has_images=num_images > 0)
+    with together():
+        carried = carried_statistics(path, extractor.statistics, has_images=num_images > 0)
     if not num_images:
-        return Side(path, (), None, statistics) if state.is_main_process else None
+        return Side(path, 0, None, carried) if state.is_main_process else None
+    kept, side = None, None
+    if cache:
+        if state.is_main_process:
+            kept = Path(cache, _cache_name(path, extractor))
+            side = _read_cache(kept, path, num_images, carried)
+        # Only whether there is something is told the others: the features stay where they are needed.
+        if broadcast_object_list([side is not None])[0]:
+            return side and _complete(side, carried)
     extracted = extract(path, range(num_images), extractor, batch_size, state)
     if extracted is None:
         return None
     features, constant = extracted
-    statistics = compute_statistics(path, features, statistics)
-    side = Side(path, range(num_images), Features(features.pool), statistics, constant)
+    side = _complete(Side(path, num_images, features, carried, constant), carried)
+    side = replace(side, features=Features(features.pool))
     if kept:
-        _write_cache(kept, side)
+        try:
+            _write_cache(kept, side, carried)
+        except OSError as error:
+            note(f"{error}. The numbers do not need it")
     return side
 
 
-def compute_statistics(path: str, features: Features, carried: Statistics) -> Statistics:
-    """The ``carried`` statistics, and those of the layers that it lacks."""
-    layers = {layer: getattr(features, layer) for layer in STATISTICS if layer not in carried}
-    num_images, dimensions = features.pool.shape
-    if "pool" in layers and num_images <= dimensions:
+def _complete(side: Side, carried: Statistics) -> Side:
+    """``side`` with the statistics that it lacks, and with what there is to say about its images."""
+    if side.constant:
+        shown = ", ".join(map(str, side.constant[:SHOWN])) + (", ..." if len(side.constant) > SHOWN else "")
         note(
-            f"{path}: {num_images} images for {dimensions} features, whose covariance they cannot determine. FID is biased "
-            "upwards; compare it only with FIDs of as many images (published ones take 50,000)"
+            f"{side.path}: {len(side.constant)} image(s) of one colour throughout, at {shown}. A NaN in a sampler or decoder "
+            "ends as such an image: look at them before trusting the numbers"
         )
-    return carried | {layer: mean_covariance(values) for layer, values in layers.items() if values is not None}
+    num_images, dimensions = side.features.pool.shape
+    if "pool" not in carried and num_images <= dimensions:
+        note(
+            f"{side.path}: {num_images} images for {dimensions} features, whose covariance they cannot determine. FID is "
+            "biased upwards; compare it only with FIDs of as many images (published ones take 50,000)"
+        )
+    layers = {layer: getattr(side.features, layer) for layer in STATISTICS if layer not in side.statistics}
+    computed = {layer: mean_covariance(values) for layer, values in layers.items() if values is not None}
+    return replace(side, statistics=side.statistics | computed)
 
 
 def extract(
@@ -105,71 +113,62 @@ def extract(
     shown = state.is_main_process and len(mine) > 0
     progress = tqdm(total=len(mine), desc=os.path.basename(path), unit=" images", disable=not shown, file=sys.stderr)
     done = 0
-    with progress:
+    with together(), progress:
         for images in read_ahead(read_batches(path, "arr_0", batch_size, mine)):
             positions = mine[done : done + len(images)]
-            constant += [position for position, image in zip(positions, images, strict=True) if (image == image[0, 0]).all()]
+            names = [f"{path}: image {position}" for position in positions]
+            constant += [positions[index] for index in constant_images(images)]
             for layer, values in vars(extractor(images)).items():
                 if values is None:
                     continue
-                _require_finite(values, path, positions, layer)
+                require_finite(values, layer, names)
                 if layer not in layers:
                     layers[layer] = np.empty((len(mine), *values.shape[1:]), np.float32)
                 layers[layer][done : done + len(values)] = values
             done += len(images)
             progress.update(len(images))
-    gathered = {layer: gather_rows(layers.get(layer), state) for layer in LAYERS}
+    gathered = {layer: gather_rows(layers.pop(layer, None), state) for layer in LAYERS}
     constant = gather_object(constant)
-    if not state.is_main_process:
-        return None
-    _report_constant(path, constant)
-    return Features(**gathered), constant
+    return (Features(**gathered), constant) if state.is_main_process else None
 
 
-def _require_finite(values: np.ndarray, path: str, positions: Sequence[int], layer: str) -> None:
+def constant_images(images: np.ndarray) -> list[int]:
+    """Positions of those of uint8 images (B, H, W, 3) that are of one colour throughout."""
+    return [index for index, image in enumerate(images) if (image == image[0, 0]).all()]
+
+
+def require_finite(values: np.ndarray, layer: str, names: Sequence[str]) -> None:
+    """Raise ValueError for a non-finite feature in values (B, D), with the image's name."""
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
-        raise ValueError(
-            f"{path}: image {positions[int(bad.argmax())]} has a non-finite {layer} feature: remove or generate it again"
-        )
+        raise ValueError(f"{names[int(bad.argmax())]} has a non-finite {layer} feature: remove or make it again")
 
 
-def _report_constant(path: str, positions: Sequence[int]) -> None:
-    if positions:
-        shown = ", ".join(map(str, positions[:SHOWN])) + (", ..." if len(positions) > SHOWN else "")
-        note(
-            f"{path}: {len(positions)} image(s) of one colour throughout, at {shown}. A NaN in a sampler or decoder ends as "
-            "such an image: look at them before trusting the numbers"
-        )
+def _cache_name(path: str, extractor: Extractor) -> str:
+    key = f"{CACHE_VERSION} {extractor.fingerprint} {file_sha256(path)}"
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
-def _cache_path(folder: str, path: str, extractor: Extractor) -> str:
-    key = hashlib.sha256(f"{file_sha256(path)} {extractor.fingerprint}".encode()).hexdigest()
-    return str(Path(folder, f"{key[:32]}.npz"))
-
-
-def _write_cache(kept: Path, side: Side) -> None:
+def _write_cache(kept: Path, side: Side, carried: Statistics) -> None:
     arrays = {"pool": side.features.pool, "constant": np.asarray(side.constant, np.int64)}
-    for layer, (mu, sigma) in side.statistics.items():
-        mu_key, sigma_key = STATISTICS[layer]
-        arrays |= {mu_key: mu, sigma_key: sigma}
+    for layer, (mu_key, sigma_key) in STATISTICS.items():
+        if layer in side.statistics and layer not in carried:
+            arrays[mu_key], arrays[sigma_key] = side.statistics[layer]
     write_npz(kept, arrays)
 
 
-def _read_cache(kept: Path, path: str, num_images: int) -> Side | None:
+def _read_cache(kept: Path, path: str, num_images: int, carried: Statistics) -> Side | None:
     if not kept.exists():
         return None
     try:
         keys = npz_keys(kept)
-        statistics = {
+        computed = {
             layer: (read_array(kept, mu_key), read_array(kept, sigma_key))
             for layer, (mu_key, sigma_key) in STATISTICS.items()
             if mu_key in keys
         }
-        constant = read_array(kept, "constant").tolist()
-        features = Features(read_array(kept, "pool"))
+        features, constant = Features(read_array(kept, "pool")), read_array(kept, "constant").tolist()
     except ValueError as error:
         note(f"{error}; it is made anew")
         return None
-    _report_constant(path, constant)
-    return Side(path, range(num_images), features, statistics, constant)
+    return Side(path, num_images, features, computed | carried, constant)

@@ -10,10 +10,14 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 
 from runtime import cli
+from runtime.distributed import together
 
 PIXELS_SIDE = 32  # a covariance of 32 * 32 * 3 pixels has 75 MB; of 256 * 256 * 3 it would have 309 GB
+SPATIAL_CHANNELS = 7  # of mixed_6/conv, for sFID; 7 * 17 * 17 = 2,023 features, about as many as pool_3 has
+INCEPTION = "inception"  # the published network, in either library
 KINDS = "inception, inception-tf, pixels, timm:NAME or MODULE.pt"
 TIMM, SCRIPT_SUFFIXES = "timm:", (".pt", ".pth", ".ts")
 
@@ -28,7 +32,7 @@ class Features:
 
 
 class Extractor(Protocol):
-    name: str  # printed beside the numbers
+    name: str  # printed beside the numbers, which stand alone only where it is INCEPTION
     statistics: str  # whose mu and sigma these are, written into a reference; extractors of one network share it
     fingerprint: str  # equal only where the features of an image are equal: a cache's key
 
@@ -96,13 +100,23 @@ def create_features(
     raise ValueError(f"--features {name!r} is unknown: pass {KINDS}")
 
 
+def load_extractor(args: argparse.Namespace, state: PartialState) -> Extractor:
+    """:func:`create_features` of the flags, on every process; one process of each machine goes first and downloads weights."""
+    for goes_first in (True, False):
+        with together():
+            if state.is_local_main_process == goes_first:
+                extractor = create_features(args.features, state.device, args.inception_weights, args.timm_weights)
+    return extractor
+
+
 class Pixels:
     """The pixels themselves, scaled to [0, 1]; images larger than 32 x 32 are averaged down to it.
 
     Needs no weights and no network: for small images and for checking a pipeline, not for comparing with published numbers.
     """
 
-    name = statistics = fingerprint = "pixels"
+    name = statistics = "pixels"
+    fingerprint = f"pixels:{PIXELS_SIDE}"
 
     def __call__(self, images: np.ndarray) -> Features:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)

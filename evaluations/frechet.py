@@ -10,7 +10,7 @@ from runtime import draws
 
 Array = np.ndarray | torch.Tensor
 
-BLOCK_ROWS = 4096  # rows converted to float64 at once
+BLOCK_ROWS = 1024  # rows converted to float64 at once
 # The eigenvalues of a product's square are trusted if they leave the distance uncertain by no more than this share of it ...
 RELATIVE_ERROR = 1e-6
 TRACE_ERROR = 1e-12  # ... or of the traces, whose own rounding ends there.
@@ -28,7 +28,7 @@ class Moments:
     def __init__(self):
         self.count = 0  # rows so far
         self.mean: np.ndarray | None = None  # (D,)
-        self._scatter: np.ndarray | None = None  # (D, D): sum of (x - mean)(x - mean)^T, the upper triangle only
+        self._scatter: np.ndarray | None = None  # (D, D): sum of (x - mean)(x - mean)^T, below the diagonal 0
 
     def update(self, features: Array, weights: np.ndarray | None = None) -> Self:
         """Add the rows of features (n, D). weights: integers (n,), how often each row counts; None: once.
@@ -43,13 +43,19 @@ class Moments:
         for start in range(0, len(features), BLOCK_ROWS):
             block = features[start : start + BLOCK_ROWS]
             require_finite(block, first_image=first_image + start)
-            repeats = np.ones(len(block)) if weights is None else weights[start : start + BLOCK_ROWS].astype(np.float64)
-            block, repeats = block[repeats > 0].astype(np.float64), repeats[repeats > 0]
-            if len(block):
-                mean = repeats @ block / repeats.sum()
-                block -= mean
-                block *= np.sqrt(repeats)[:, None]
-                self._add(int(repeats.sum()), mean, block)
+            if weights is None:
+                count, mean = len(block), block.mean(axis=0, dtype=np.float64)
+            else:
+                repeats = weights[start : start + BLOCK_ROWS]
+                block, repeats = block[repeats > 0], repeats[repeats > 0]
+                count = int(repeats.sum())
+                mean = repeats.astype(np.float64) @ block / max(count, 1)
+            if count:
+                deviations = np.empty((len(block) + 1, len(mean)))
+                np.subtract(block, mean, out=deviations[:-1])
+                if weights is not None:
+                    deviations[:-1] *= np.sqrt(repeats)[:, None]
+                self._add(count, mean, deviations)
         return self
 
     def merge(self, other: "Moments") -> Self:
@@ -57,7 +63,7 @@ class Moments:
         if other.count:
             if self.count and self.mean.shape != other.mean.shape:
                 raise ValueError(f"moments of {len(other.mean)} features cannot be merged with those of {len(self.mean)}")
-            self._add(other.count, other.mean, np.empty((0, len(other.mean))))
+            self._add(other.count, other.mean, np.empty((1, len(other.mean))))
             self._scatter += other._scatter
         return self
 
@@ -65,12 +71,15 @@ class Moments:
         """Mean (D,) and covariance (D, D), divisor count - 1. Raises ValueError before there are two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs features (N, D) of at least two images, got {self.count}")
-        return self.mean.copy(), (np.triu(self._scatter) + np.triu(self._scatter, 1).T) / (self.count - 1)
+        sigma = self._scatter + self._scatter.T
+        np.fill_diagonal(sigma, self._scatter.diagonal())
+        sigma /= self.count - 1
+        return self.mean.copy(), sigma
 
     def state(self) -> dict[str, np.ndarray]:
         """What another process needs: count (), mean (D,), scatter (D, D); D is 0 before the first row."""
         mean, scatter = (np.empty(0), np.empty((0, 0))) if self.mean is None else (self.mean, self._scatter)
-        return {"count": np.array(self.count), "mean": mean.copy(), "scatter": np.triu(scatter)}
+        return {"count": np.array(self.count), "mean": mean.copy(), "scatter": scatter.copy()}
 
     @classmethod
     def from_state(cls, state: dict[str, Array]) -> Self:
@@ -83,13 +92,12 @@ class Moments:
         return moments
 
     def _add(self, count: int, mean: np.ndarray, deviations: np.ndarray) -> None:
-        """Add ``count`` rows with this mean, whose deviations from it are given (m, D)."""
+        """Add ``count`` rows with this mean, whose deviations from it are given (m + 1, D), the last row to be filled here."""
         if self.mean is None:
             self.mean, self._scatter = np.zeros(len(mean)), np.zeros((len(mean),) * 2, order="F")
         total = self.count + count
         shift = mean - self.mean
-        # The two means' distance is one more deviation.
-        deviations = np.concatenate([deviations, shift[None] * np.sqrt(self.count / total * count)])
+        deviations[-1] = shift * np.sqrt(self.count / total * count)  # of the two means from that of all
         self._scatter = scipy.linalg.blas.dsyrk(1.0, deviations.T, beta=1.0, c=self._scatter, overwrite_c=1)
         self.mean += shift * (count / total)
         self.count = total
@@ -123,7 +131,7 @@ class Gaussian(NamedTuple):
         for name, value in (("mu", mu), ("sigma", sigma)):
             if not np.isfinite(value).all():
                 raise ValueError(f"{name}{suffix} has a non-finite entry: compute the statistics again from finite features")
-        return cls(mu, _factor((sigma + sigma.T) / 2, f"sigma{suffix}"), float(np.trace(sigma)))
+        return cls(mu, _factor(sigma, f"sigma{suffix}"), float(np.trace(sigma)))
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -183,11 +191,11 @@ def _distance(one: Gaussian, two: Gaussian) -> float:
 
 
 def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
-    """R (rank, D) with R^T R = sigma (D, D), symmetric; what is 0 but for rounding is left out."""
+    """R (rank, D) with R^T R = sigma (D, D), of which the upper triangle is read; what is 0 but for rounding is left out."""
     # Rounding leaves 1e-16 where the truth is 0. Its root would be 1e-8.
     cutoff = len(sigma) * EPS * sigma.diagonal().max(initial=0.0)
     try:
-        root = np.linalg.cholesky(sigma).T
+        root = scipy.linalg.cholesky(sigma, check_finite=False)
         if (root.diagonal() ** 2).min() > cutoff:
             return root
     except np.linalg.LinAlgError:
@@ -204,7 +212,7 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
 
 def _eigen_factor(sigma: np.ndarray, cutoff: float, name: str) -> np.ndarray:
     """:func:`_factor` of a matrix with negative eigenvalues, if they are small."""
-    values, vectors = np.linalg.eigh(sigma)
+    values, vectors = np.linalg.eigh(sigma, UPLO="U")
     # Statistics stored in float32 have eigenvalues down to about -1e-7 of the largest; anything beyond is not rounding.
     if values[0] < -1e-4 * max(values[-1], 0.0):
         raise ValueError(f"{name} is no covariance: it has the eigenvalue {values[0]:.3g} (largest: {values[-1]:.3g})")

@@ -6,19 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.hub
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, BasicConv2d, FeatureExtractorInceptionV3
 
-from evaluations.features import Features
+from evaluations.features import INCEPTION, SPATIAL_CHANNELS, Features
+from evaluations.weights import find_file
 from models.checkpoints import read_file
 from runtime.distributed import note
 from runtime.files import file_sha256
 
-WEIGHTS_VARIABLE = "INCEPTION_WEIGHTS"
 PUBLISHED_SHA256 = URL_INCEPTION_V3.rsplit("-", 1)[1].removesuffix(".pth")  # its first digits, as torch hub names files
-SPATIAL_CHANNELS = 7  # of mixed_6/conv; 7 * 17 * 17 = 2,023 features, about as many as pool_3 has
 
 
 class Inception:
@@ -28,17 +26,18 @@ class Inception:
     ADM's evaluation the probabilities leave out the last layer's bias, and of mixed_6/conv the first 7 channels are taken, in
     the order row, column, channel. Batch normalisation is folded into the convolutions, which moves features by about 1e-6.
 
-    weights: the file of torch-fidelity; None: see :func:`find_weights`.
+    weights: the file of torch-fidelity; None: see :func:`find_weights`. Raises ValueError for a file that is no such network.
     """
-
-    name = statistics = "inception"
 
     def __init__(self, device: torch.device, weights: str | os.PathLike | None = None):
         path = find_weights(weights)
         digest = file_sha256(path)
-        if not digest.startswith(PUBLISHED_SHA256):
-            note(f"{path} is not the published Inception: its numbers compare only with its own")
         self.fingerprint = f"inception:{digest}"
+        if digest.startswith(PUBLISHED_SHA256):
+            self.name = self.statistics = INCEPTION
+        else:
+            self.name, self.statistics = f"inception of {path.name}", self.fingerprint
+            note(f"{path} is not the published Inception: its numbers compare only with its own")
         self.device = device
         self._network = _load_network(path).to(device, memory_format=torch.channels_last)
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -48,7 +47,7 @@ class Inception:
 
     def __call__(self, images: np.ndarray) -> Features:
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
-        # TF32, cuDNN's default for convolutions, has 10 bits of mantissa: it would move FID in the fourth digit.
+        # TF32, cuDNN's default for convolutions, has 10 bits of mantissa: too few for numbers that are to be reproduced.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pool, logits = self._network(x)
             probs = logits.softmax(dim=1)
@@ -56,26 +55,8 @@ class Inception:
 
 
 def find_weights(path: str | os.PathLike | None = None) -> Path:
-    """The weights file: ``path``, else $INCEPTION_WEIGHTS, else the torch hub cache, else downloaded there and verified.
-
-    Raises ValueError when the file named is not there, or the download fails.
-    """
-    for source, name in (("--inception-weights", path), (WEIGHTS_VARIABLE, os.environ.get(WEIGHTS_VARIABLE))):
-        if name:
-            if not Path(name).is_file():
-                raise ValueError(f"{source} {name}: there is no such file. It is {URL_INCEPTION_V3}")
-            return Path(name)
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
-    if not cached.is_file():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(cached), hash_prefix=PUBLISHED_SHA256)
-        except (OSError, RuntimeError) as error:  # no network; a wrong checksum
-            raise ValueError(
-                f"the Inception weights could not be downloaded ({error}): get {URL_INCEPTION_V3} elsewhere and pass it as "
-                f"--inception-weights FILE or in ${WEIGHTS_VARIABLE}"
-            ) from error
-    return cached
+    """The file of :class:`Inception`: see :func:`find_file`."""
+    return find_file(path, "INCEPTION_WEIGHTS", URL_INCEPTION_V3, hash_prefix=PUBLISHED_SHA256)
 
 
 def _load_network(path: Path) -> FeatureExtractorInceptionV3:

@@ -6,7 +6,6 @@ Published FIDs were computed by this graph, so a number to be compared with them
 
 import contextlib
 import hashlib
-import http.client
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluations.features import Features
+from evaluations.features import INCEPTION, SPATIAL_CHANNELS, Features
+from evaluations.weights import find_file
+from runtime.cli import first_line
 
 GRAPH_FILE = "classify_image_graph_def.pb"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}"
-GRAPH_VARIABLE = "INCEPTION_GRAPH"
 
 # Nodes of the graph. Images go in behind its JPEG decoder and before its own resize to 299 x 299 and (x - 128) / 128.
 IMAGES, POOL, SPATIAL, LOGITS = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
-SPATIAL_CHANNELS = 7  # of mixed_6/conv's 192, for sFID: 7 * 17 * 17 = 2023 features, about as many as pool_3 has
+PUBLISHED_SHAPE = (2048, 1008)  # of the last layer's weights; no checksum of the graph is published
 
 
 class InceptionTF:
@@ -32,16 +32,13 @@ class InceptionTF:
     Raises ValueError where TensorFlow is missing, and where the file is absent, no GraphDef, or lacks a node.
     """
 
-    name = "inception-tf"
-    statistics = "inception"
-
     def __init__(self, graph_path: str | os.PathLike, device: str | torch.device | None = None):
         try:
             data = Path(graph_path).read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read the Inception graph {graph_path}: {error.strerror}") from error
         tf = import_tensorflow()
-        self.fingerprint = f"{self.name}:{hashlib.sha256(data).hexdigest()}"
+        self.fingerprint = f"inception-tf:{hashlib.sha256(data).hexdigest()}"
         graph_def = parse_graph(tf, data, graph_path)
         try:
             with tf.Graph().as_default() as graph:
@@ -62,6 +59,10 @@ class InceptionTF:
                 f"{graph_path}: TensorFlow {tf.__version__} cannot use this graph ({first_line(error)}); "
                 f"the file needed is {GRAPH_URL}"
             ) from error
+        if tuple(logits.inputs[1].shape) == PUBLISHED_SHAPE:
+            self.name = self.statistics = INCEPTION
+        else:
+            self.name, self.statistics = f"inception-tf of {Path(graph_path).name}", self.fingerprint
         config = tf.compat.v1.ConfigProto()
         config.gpu_options.allow_growth = True  # by default TensorFlow takes the whole GPU, and torch needs some of it
         if device is not None:
@@ -78,30 +79,9 @@ class InceptionTF:
 
 
 def find_graph(path: str | os.PathLike | None = None) -> Path:
-    """The graph's file: ``path``, else $INCEPTION_GRAPH, else where ADM's script leaves it (the working directory), else
-    torch's folder of checkpoints, whereto it is downloaded (92 MB) if it is nowhere.
-
-    Raises ValueError for a file that is named and absent, and for a failed download.
-    """
-    for source, named in (("--inception-weights", path), (f"${GRAPH_VARIABLE}", os.environ.get(GRAPH_VARIABLE))):
-        if named:
-            if not Path(named).is_file():
-                raise ValueError(f"{source} {named} is no file; the file needed is {GRAPH_URL}")
-            return Path(named)
-    kept = Path(torch.hub.get_dir(), "checkpoints", GRAPH_FILE)
-    for candidate in (Path(GRAPH_FILE), kept):
-        if candidate.is_file():
-            return candidate
-    import_tensorflow()  # before a download that would be of no use without it
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(GRAPH_URL, str(kept))  # itself writes to a temporary name and renames
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(
-            f"cannot download {GRAPH_URL} to {kept.parent} ({first_line(error)}): fetch it on a machine that can and name the "
-            f"file with --inception-weights FILE.pb or ${GRAPH_VARIABLE}, or lay it into the working directory"
-        ) from error
-    return kept
+    """The graph's file: see :func:`find_file`. Raises ValueError without TensorFlow, before a download that is of no use."""
+    import_tensorflow()
+    return find_file(path, "INCEPTION_GRAPH", GRAPH_URL)
 
 
 def import_tensorflow():
@@ -153,7 +133,3 @@ def parse_graph(tf, data: bytes, path: str | os.PathLike):
     if missing:
         raise ValueError(f"{path} has no node {', '.join(sorted(missing))}: the file needed is {GRAPH_URL}")
     return graph_def
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

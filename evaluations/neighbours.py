@@ -19,8 +19,8 @@ BLOCK_ROWS = 2048  # rows and columns of a block of distances: 16 MiB
 SPARE_NEIGHBOURS = 4  # nearest points kept beyond those sought, so that the last one is certain to be too far
 # Up to so many doubtful points, one subtracts; from there on the error bound is improved first.
 FEW = 64
-CENTRED_ROWS = 512  # rows in float64 at once: 8 MiB, to stay in cache, as the next
-PAIR_ELEMENTS = 2**20  # coordinates of the differences taken at once: 8 MiB
+CENTRED_ROWS = 64  # rows in float64 at once: 1 MiB, to stay in cache, as the next
+PAIR_ELEMENTS = 2**17  # coordinates of differences in float64 at once
 EPS32, EPS64 = 2.0**-24, 2.0**-53  # half a unit in the last place
 UNDERFLOW = 1e-30  # more than what products of tiny coordinates can lose
 
@@ -47,9 +47,9 @@ class Cloud:
         x = torch.empty(points.shape, dtype=torch.float32, device=points.device)
         norms = torch.empty(len(points), dtype=torch.float64, device=points.device)
         for rows in _slices(len(points), CENTRED_ROWS):
-            block = points[rows] - centre  # float64
-            torch.mul(block, scale, out=x[rows])
-            norms[rows] = block.square_().sum(dim=1).mul_(scale**2)
+            block = (points[rows] - centre).mul_(scale)  # float64
+            x[rows] = block
+            norms[rows] = block.square_().sum(dim=1)
         return cls(points, scale, x, *(bound.float() for bound in _norm_bounds(norms, points.shape[1], EPS32)))
 
     def __len__(self) -> int:
@@ -71,11 +71,6 @@ class Balls:
     near: Tensor
     sure: Tensor
 
-    @property
-    def doubt(self) -> Tensor:
-        """The most by which ``sure`` exceeds ``near``, and its rounding."""
-        return (self.sure - self.near).amax() * (1 + 8 * EPS32)
-
     @classmethod
     def of(cls, cloud: Cloud, limits: Tensor) -> "Balls":
         slack = 8 * EPS32 * limits  # limits are rounded to float32 as well
@@ -84,6 +79,29 @@ class Balls:
 
     def __getitem__(self, rows: slice) -> "Balls":
         return Balls(self.cloud[rows], self.limits[rows], self.near[rows], self.sure[rows])
+
+
+class Search:
+    """Which points of a cloud are inside some of the balls: by products, and at the end in float64 where those do not tell."""
+
+    def __init__(self, cloud: Cloud, balls: Balls):
+        self.cloud, self.balls = cloud, balls
+        self.inside = torch.zeros(len(cloud), dtype=torch.bool, device=cloud.x.device)  # certainly
+        self.is_near = self.inside.clone()  # perhaps
+
+    def look(self, rows: slice | Tensor, columns: slice | Tensor, products: Tensor) -> None:
+        """products (n, m): -2 x.y of the cloud's ``rows`` and the balls' ``columns``."""
+        near = self.balls.near[columns]
+        least = (products + near).amin(dim=1)
+        doubt = (self.balls.sure[columns] - near).amax() * (1 + 8 * EPS32)
+        self.is_near[rows] |= least <= -self.cloud.low[rows]
+        self.inside[rows] |= least <= -self.cloud.high[rows] - doubt
+
+    def result(self) -> Tensor:
+        """bool (N,)"""
+        for rows in (self.is_near & ~self.inside).nonzero().squeeze(1).split(BLOCK_ROWS):
+            self.inside[rows] = _inside_any(self.cloud[rows], self.balls)
+        return self.inside
 
 
 @contextlib.contextmanager
@@ -104,21 +122,15 @@ def _arithmetic() -> Iterator[None]:
 def membership(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Which of gen (M, D) are inside some ball of ref (N, D), and which of ref inside some ball of gen: bool (M,), (N,)."""
     gen_balls, ref_balls = _balls(gen, ref, k)
-    gen_inside, gen_near = (torch.zeros(len(gen), dtype=torch.bool, device=gen.device) for _ in range(2))
-    ref_inside, ref_near = (torch.zeros(len(ref), dtype=torch.bool, device=ref.device) for _ in range(2))
-    a, b = gen_balls.cloud, ref_balls.cloud
-    for i, j, products in _product_blocks(a, b):
-        for balls, cloud, inside, near, dim in (
-            (ref_balls[j], a[i], gen_inside[i], gen_near[i], 1),
-            (gen_balls[i], b[j], ref_inside[j], ref_near[j], 0),
-        ):
-            least = (products + balls.near.unsqueeze(1 - dim)).amin(dim=dim)
-            near |= least <= -cloud.low
-            inside |= least <= -cloud.high - balls.doubt
-    for inside, near, cloud, balls in ((gen_inside, gen_near, a, ref_balls), (ref_inside, ref_near, b, gen_balls)):
-        for rows in (near & ~inside).nonzero().squeeze(1).split(BLOCK_ROWS):
-            inside[rows] = _inside_any(cloud[rows], balls)
-    return gen_inside, ref_inside
+    gen_search, ref_search = Search(gen_balls.cloud, ref_balls), Search(ref_balls.cloud, gen_balls)
+    buffer = _block_buffer(gen_balls.cloud, ref_balls.cloud)
+    for i in _slices(len(gen), BLOCK_ROWS):
+        for j in _slices(len(ref), BLOCK_ROWS):
+            for rows, columns in _undecided(i, gen_search.inside[i], j, ref_search.inside[j]):
+                products = _products(-2 * gen_balls.cloud.x[rows], ref_balls.cloud.x[columns], buffer)
+                gen_search.look(rows, columns, products)
+                ref_search.look(columns, rows, products.T)
+    return gen_search.result(), ref_search.result()
 
 
 @_arithmetic()
@@ -187,24 +199,40 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def _block_buffer(a: Cloud, b: Cloud) -> Tensor:
+    return torch.empty(min(BLOCK_ROWS, len(a)) * min(BLOCK_ROWS, len(b)), device=a.x.device)
+
+
+def _products(u: Tensor, v: Tensor, buffer: Tensor) -> Tensor:
+    """u v^T (n, m) of float32 u (n, D) and v (m, D), in the memory of ``buffer``."""
+    products = buffer[: len(u) * len(v)].view(len(u), len(v))
+    if u.device.type == "cpu":
+        np.matmul(u.numpy(), v.numpy().T, out=products.numpy())  # faster than torch's; of u with itself, half the work
+        return products
+    return torch.mm(u, v.T, out=products)
+
+
 def _product_blocks(a: Cloud, b: Cloud) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows of a, rows of b, -2 x.y (n, m) float32) until every pair has been seen; of a cloud with itself, every
     unordered pair of blocks, those of a block with itself first. The products are the caller's until the next ones."""
-    buffer = torch.empty(min(BLOCK_ROWS, len(a)) * min(BLOCK_ROWS, len(b)), device=a.x.device)
-    blocks = [(i, j) for i in _slices(len(a), BLOCK_ROWS) for j in _slices(len(b), BLOCK_ROWS)]
+    buffer = _block_buffer(a, b)
     if a is b:
-        blocks = sorted((block for block in blocks if block[0].start <= block[1].start), key=lambda block: block[0] != block[1])
-    u, rows = None, None
-    for i, j in blocks:
-        if i != rows:
-            u, rows = -2 * a.x[i], i
-        v = b.x[j]
-        products = buffer[: len(u) * len(v)].view(len(u), len(v))
-        if u.device.type == "cpu":
-            np.matmul(u.numpy(), v.numpy().T, out=products.numpy())  # faster than torch's, and no less exact
-        else:
-            torch.mm(u, v.T, out=products)
-        yield i, j, products
+        for i in _slices(len(a), BLOCK_ROWS):
+            yield i, i, _products(a.x[i], a.x[i], buffer).mul_(-2)
+    for i in _slices(len(a), BLOCK_ROWS):
+        u = -2 * a.x[i]
+        for j in _slices(len(b), BLOCK_ROWS):
+            if a is not b or i.start < j.start:
+                yield i, j, _products(u, b.x[j], buffer)
+
+
+def _undecided(i: slice, rows_decided: Tensor, j: slice, columns_decided: Tensor) -> list[tuple[slice | Tensor, ...]]:
+    """The pairs of rows i with columns j of which not both are decided, as up to two products (rows, columns)."""
+    open_rows, open_columns = ((~decided).nonzero().squeeze(1) for decided in (rows_decided, columns_decided))
+    if len(open_rows) == len(rows_decided) or len(open_columns) == len(columns_decided):
+        return [(i, j)]
+    parts = (i.start + open_rows, j), (i.start + rows_decided.nonzero().squeeze(1), j.start + open_columns)
+    return [part for part, size in zip(parts, (len(open_rows), len(open_columns)), strict=True) if size]
 
 
 def _nearest_by_lower_bound(cloud: Cloud, count: int) -> tuple[Tensor, Tensor]:
@@ -223,9 +251,9 @@ def _nearest_by_lower_bound(cloud: Cloud, count: int) -> tuple[Tensor, Tensor]:
             values, columns = bounds.topk(min(count, len(bounds)), dim=1, largest=False)
             merge(i, values, columns + j.start)
         else:  # few are less than the least so far: listing them is faster than topk
-            r, c = (bounds < least[i, -1:]).nonzero().unbind(dim=1)
+            is_less = (bounds < least[i, -1:]) | (bounds < least[j, -1])
+            r, c = is_less.nonzero().unbind(dim=1)
             merge(i, *_by_row(r, bounds[r, c], c + j.start, len(bounds)))
-            r, c = (bounds < least[j, -1]).nonzero().unbind(dim=1)
             c, order = c.sort(stable=True)
             r = r[order]
             merge(j, *_by_row(c, bounds[r, c], r + i.start, len(bounds.T)))

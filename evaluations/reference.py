@@ -26,11 +26,13 @@ try:
     from data.npz import RowBlocks, write_npz
     from data.store import META, LatentStore
     from evaluations.batches import FEATURES_KEY, STATISTICS
-    from evaluations.features import Extractor, add_features_arguments, create_features
+    from evaluations.extraction import constant_images, require_finite
+    from evaluations.features import Extractor, add_features_arguments, load_extractor
     from evaluations.metrics import Moments
     from runtime import cli, draws
     from runtime.ahead import read_ahead
-    from runtime.distributed import my_share, start
+    from runtime.distributed import gather_rows, leave_group, my_share, note, start, together
+    from runtime.files import check_writable
 except ModuleNotFoundError as error:
     if error.name not in ("data", "evaluations", "runtime"):
         raise
@@ -41,13 +43,14 @@ except ModuleNotFoundError as error:
 class Images:
     """A data set of square images.
 
-    labels: int64 (N,), None where unknown. read: positions -> uint8 (n, size, size, 3).
+    labels: int64 (N,), None where unknown. read: positions -> uint8 (n, size, size, 3). name: what a message calls an image.
     """
 
     size: int
     count: int
     labels: np.ndarray | None
     read: Callable[[Sequence[int]], np.ndarray]
+    name: Callable[[int], str]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,18 +88,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"the output must be named *.npz, got {args.ref!r}: DATA_PATH comes first, REF.npz second")
     state = start()
     with ThreadPoolExecutor(args.num_workers) as pool:
-        images = from_store(args, state) if is_store(args.data_path) else from_folder(args, pool)
-        arrays = {}
+        with together():
+            images = from_store(args, state) if is_store(args.data_path) else from_folder(args, pool)
+            if state.is_main_process:
+                check_writable(args.ref)
+        statistics = {}
         if args.statistics:
-            with state.local_main_process_first():  # one process a machine downloads weights
-                extractor = create_features(args.features, state.device, args.inception_weights, args.timm_weights)
-            arrays = measure(images, extractor, args.batch_size, state)
+            statistics = measure(images, load_extractor(args, state), args.batch_size, state)
+        leave_group()  # nobody should have to wait for the main process to write
         if state.is_main_process:
-            write(args, images, arrays)
+            write(args, images, statistics)
 
 
 def write(args: argparse.Namespace, images: Images, statistics: dict[str, np.ndarray]) -> None:
-    chosen = choose(images.count, args)
+    chosen = draws.subset(args.seed, images.count, args.num_images)
     rows = RowBlocks(
         (len(chosen), images.size, images.size, 3),
         np.dtype(np.uint8),
@@ -113,30 +118,45 @@ def write(args: argparse.Namespace, images: Images, statistics: dict[str, np.nda
 def measure(images: Images, extractor: Extractor, batch_size: int, state: PartialState) -> dict[str, np.ndarray]:
     """The statistics of all images as a reference carries them, on the main process; empty elsewhere.
 
-    Every process takes a slice of the data set; memory does not grow with it. Raises ValueError for fewer than two images.
+    Every process takes a slice of the data set; memory does not grow with it. Raises ValueError for fewer than two images, and
+    naming an image with a non-finite feature.
     """
     if images.count < 2:
         raise ValueError(f"a covariance needs two images, there is {images.count}: use --no-statistics")
     mine = my_share(range(images.count), state)
-    moments = {layer: Moments() for layer in STATISTICS}
-    with tqdm(total=len(mine), unit=" images", disable=not state.is_main_process, file=sys.stderr) as progress:
+    moments, constant, done = {layer: Moments() for layer in STATISTICS}, [], 0
+    progress = tqdm(total=len(mine), unit=" images", disable=not state.is_main_process, file=sys.stderr)
+    with together(), progress:
         for batch in read_ahead(images.read(positions) for positions in batches(mine, batch_size)):
+            positions = mine[done : done + len(batch)]
+            names = [images.name(position) for position in positions]
+            constant += [names[index] for index in constant_images(batch)]
             features = extractor(batch)
             for layer, known in moments.items():
                 if (values := getattr(features, layer)) is not None:
+                    require_finite(values, layer, names)
                     known.update(values)
+            done += len(batch)
             progress.update(len(batch))
-    gathered = gather_object([moments])
+    if constant := gather_object(constant):
+        note(f"{len(constant)} image(s) of one colour throughout, the first is {constant[0]}")
+    totals = {layer: merge_everywhere(known, state) for layer, known in moments.items()}
     if not state.is_main_process:
         return {}
     arrays = {FEATURES_KEY: np.array([extractor.statistics])}
     for layer, (mu_key, sigma_key) in STATISTICS.items():
-        total = Moments()
-        for part in gathered:
-            total.merge(part[layer])
-        if total.count:
-            arrays[mu_key], arrays[sigma_key] = total.mean_covariance()
+        if totals[layer].count:
+            arrays[mu_key], arrays[sigma_key] = totals[layer].mean_covariance()
     return arrays
+
+
+def merge_everywhere(moments: Moments, state: PartialState) -> Moments:
+    """The moments of all processes together, on the main process; elsewhere of none."""
+    parts = {key: gather_rows(value[None] if moments.count else None, state) for key, value in moments.state().items()}
+    total = Moments()
+    for process in range(0 if parts["count"] is None else len(parts["count"])):
+        total.merge(Moments.from_state({key: values[process] for key, values in parts.items()}))
+    return total
 
 
 def is_store(path: str) -> bool:
@@ -154,7 +174,7 @@ def from_folder(args: argparse.Namespace, pool: ThreadPoolExecutor) -> Images:
     def read(positions: Sequence[int]) -> np.ndarray:
         return np.stack(list(pool.map(lambda index: load_image(folder.paths[index], args.image_size), positions)))
 
-    return Images(args.image_size, len(folder), folder.labels, read)
+    return Images(args.image_size, len(folder), folder.labels, read, lambda position: folder.paths[position])
 
 
 def from_store(args: argparse.Namespace, state: PartialState) -> Images:
@@ -176,13 +196,7 @@ def from_store(args: argparse.Namespace, state: PartialState) -> Images:
         # The scale of the latents is the store's; the codec takes its own out again.
         return codec.decode(latents * (codec.scale / store.scale)).cpu().numpy()
 
-    return Images(size, len(store), store.labels, read)
-
-
-def choose(available: int, args: argparse.Namespace) -> np.ndarray:
-    """The positions, ascending, of the images to take."""
-    order = draws.generator(args.seed, draws.Purpose.METRIC_SUBSET).permutation(available)
-    return np.sort(order[: args.num_images])
+    return Images(size, len(store), store.labels, read, lambda position: f"{args.data_path}, row {position}")
 
 
 def batches(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:

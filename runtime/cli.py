@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from runtime.distributed import leave_group
+from runtime.distributed import SharedError, is_first_process, leave_group
 
 TRUE_WORDS, FALSE_WORDS = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
@@ -102,6 +102,10 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         leave_group()
     except torch.OutOfMemoryError as error:
         _fail(f"the device ran out of memory: lower the batch size or the micro-batch size ({str(error).splitlines()[0]})")
+    except MemoryError as error:
+        _fail(f"this machine ran out of memory{': ' if str(error) else ''}{error}")
+    except SharedError as error:
+        _fail(str(error), quiet=not is_first_process())
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -113,8 +117,9 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _fail(message: str, code: int = 1) -> None:
+def _fail(message: str, code: int = 1, quiet: bool = False) -> None:
     if os.environ.get("TRACEBACK"):
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if not quiet:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)

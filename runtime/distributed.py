@@ -5,7 +5,8 @@ Every script runs as one process, under ``torchrun`` or under ``accelerate launc
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -71,8 +72,13 @@ def my_share(items: Sequence[T], state: PartialState | Accelerator) -> Sequence[
 
 def note(text: str) -> None:
     """A remark for the user, on stderr, said by the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Known from the launcher, also before and after there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -86,12 +92,38 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+class SharedError(ValueError):
+    """What went wrong on one process, raised on all of them: one of them tells."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work that every process does and whose errors it raises on all: otherwise the others would wait for one that has left.
+
+    Within it, no process may need another. For what a user can cause; on anything else the launcher ends all processes.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    if PartialState().num_processes == 1:
+        if error:
+            raise error
+        return
+    messages = [message for message in gather_object([error and str(error)]) if message]
+    if messages:
+        raise SharedError(messages[0]) from error
+
+
 def gather_rows(rows: np.ndarray | None, state: PartialState) -> np.ndarray | None:
     """The rows (n_k, ...) of all processes, in the order of the processes, on the main process; None elsewhere.
 
     rows: contiguous, of one dtype and row shape everywhere; None where a process has none. Only the main process ever holds
     the rows of others, and the device only a block of them.
     """
+    if state.num_processes == 1:
+        return rows
     shapes = gather_object([None if rows is None else (rows.shape, rows.dtype.str)])
     known = [entry for entry in shapes if entry is not None]
     if not known:

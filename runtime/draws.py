@@ -35,6 +35,11 @@ def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=[0, index, step, 0]))
 
 
+def subset(seed: int, available: int, count: int) -> np.ndarray:
+    """``count`` of ``available`` positions (all, where there are fewer), without replacement, ascending."""
+    return np.sort(generator(seed, Purpose.METRIC_SUBSET).permutation(available)[:count])
+
+
 def _positioned(seed: int, purpose: Purpose, indices: Sequence[int], step: int) -> Iterator[np.random.Generator]:
     """:func:`generator` for one index after another; setting a counter is 7 times faster than making a Philox."""
     stream = generator(seed, purpose, 0, step)

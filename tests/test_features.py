@@ -90,7 +90,7 @@ def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=r"could not be downloaded .*no network.* --inception-weights FILE"):
+    with pytest.raises(ValueError, match=r"cannot download .*no network.* --inception-weights FILE"):
         find_weights()
     cached, named, flagged = tmp_path / "hub" / "checkpoints" / WEIGHTS_NAME, tmp_path / "named.pth", tmp_path / "flag.pth"
     for path in (cached, named, flagged):
@@ -100,7 +100,7 @@ def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
     assert find_weights() == named
     assert find_weights(flagged) == flagged
     named.unlink()
-    with pytest.raises(ValueError, match=r"INCEPTION_WEIGHTS .*named\.pth: there is no such file"):
+    with pytest.raises(ValueError, match=r"INCEPTION_WEIGHTS .*named\.pth is no file"):
         find_weights()
 
 
@@ -160,6 +160,12 @@ class Means(torch.nn.Module):
         return x.float().mean(dim=(2, 3))
 
 
+class Asserting(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[2] == 299, "299 pixels only"
+        return x.flatten(1)
+
+
 class Whole(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.float()
@@ -175,6 +181,9 @@ def test_torchscript_modules(tmp_path):
     np.testing.assert_allclose(extractor(images).pool, images.mean(axis=(1, 2)), rtol=1e-6)
     with pytest.raises(ValueError, match=r"whole\.pt must return features \(3, D\) for 3 images, it returned \(3, 3, 5, 5\)"):
         create_features(str(tmp_path / "whole.pt"))(images)
+    torch.jit.save(torch.jit.script(Asserting()), str(tmp_path / "asserting.pt"))
+    with pytest.raises(ValueError, match=r"asserting\.pt fails on uint8 images \(3, 3, 5, 5\): .*299 pixels only"):
+        create_features(str(tmp_path / "asserting.pt"))(images)
     with pytest.raises(ValueError, match=r"broken\.pt is no TorchScript module"):
         create_features(str(tmp_path / "broken.pt"))
     with pytest.raises(ValueError, match=r"absent\.pt: there is no such file"):

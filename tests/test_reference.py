@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import store
 from data.codec import Codec, to_float
@@ -119,12 +120,32 @@ def test_of_moments_decodes_the_mean_whatever_the_scale(tmp_path, rng, monkeypat
     assert asked == ["sd-vae-ft-ema", "local"]
 
 
+def test_a_non_finite_feature_names_the_image_on_any_process(image_folder, tmp_path):
+    """Every process counted its images from 0, and named another one."""
+    module = tmp_path / "logarithm.pt"
+    torch.jit.save(torch.jit.script(Logarithm()), str(module))
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    for index in range(12):
+        Image.fromarray(np.full((8, 8, 3), 0 if index == 8 else 50 + index, np.uint8)).save(folder / f"{index:02}.png")
+    flags = ("--image-size", "8", "--features", str(module), "--batch-size", "2")
+    done = run_script("evaluations/reference.py", str(folder.parent), str(tmp_path / "a.npz"), *flags, processes=2, expect=1)
+    assert done.stderr.count("error: ") == 1
+    assert f"{folder / '08.png'} has a non-finite pool feature" in done.stderr
+
+
+class Logarithm(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).float().log()
+
+
 def test_bad_input(image_folder, tmp_path, rng, fails, fresh_accelerate_state):
     path, out = save_store(tmp_path / "store", rng.random((3, 4, 4, 4), np.float32)), tmp_path / "out.npz"
     broken = tmp_path / "broken" / "class0"
     broken.mkdir(parents=True)
     (broken / "broken.png").write_bytes(b"no image")
     for argv, message in [
+        ((image_folder, image_folder / "ant" / "0.png" / "a.npz", "--image-size", 8), r"cannot write .*a\.npz"),
         ((image_folder, tmp_path / "out"), r"must be named \*\.npz"),
         ((image_folder, out), r"--image-size is needed"),
         ((image_folder, out, "--image-size", 8, "--vae", "pixels"), r"--vae pixels decodes latent stores"),

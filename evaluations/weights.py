@@ -1,0 +1,38 @@
+"""Where the Inception networks' files are looked for."""
+
+import http.client
+import os
+from pathlib import Path
+
+import torch.hub
+
+FLAG = "--inception-weights"
+
+
+def find_file(path: str | os.PathLike | None, variable: str, url: str, *, hash_prefix: str | None = None) -> Path:
+    """The file ``path``, else that in the environment's ``variable``, else ``url``'s in the working directory, where published
+    scripts leave it, or in the torch hub cache, whereto it is downloaded if it is nowhere.
+
+    hash_prefix: first digits of its SHA-256, verified after a download. Raises ValueError for a file that is named and absent,
+    and for a failed download; nothing is left of that.
+    """
+    for source, named in ((FLAG, path), (f"${variable}", os.environ.get(variable))):
+        if named:
+            if not Path(named).is_file():
+                raise ValueError(f"{source} {named} is no file: it is to be {url}")
+            return Path(named)
+    name = Path(url).name
+    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    for candidate in (Path(name), cached):
+        if candidate.is_file():
+            return candidate
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # With a progress bar, to a temporary name that is moved when all is well.
+        torch.hub.download_url_to_file(url, str(cached), hash_prefix=hash_prefix)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: another checksum
+        raise ValueError(
+            f"cannot download {url} to {cached.parent} ({error}): fetch it on a machine that can, and name it with {FLAG} FILE "
+            f"or ${variable}, or lay it into the working directory"
+        ) from error
+    return cached
