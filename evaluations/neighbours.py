@@ -7,15 +7,19 @@ the device, at the speed of float32 (on consumer GPUs 32 times that of float64).
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
-import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-BLOCK_ROWS = 2048  # rows and columns of a block of distances: 16 MiB
+BLOCK_ROWS = 1536  # rows and columns of a block of distances: 9 MiB
+MOST_WORKERS = 8  # blocks in work at once on a CPU
 SPARE_NEIGHBOURS = 4  # nearest points kept beyond those sought, so that the last one is certain to be too far
 # Up to so many doubtful points, one subtracts; from there on the error bound is improved first.
 FEW = 64
@@ -46,10 +50,13 @@ class Cloud:
         """centre (D,) float64: any; the nearer to the points, the closer the bounds."""
         x = torch.empty(points.shape, dtype=torch.float32, device=points.device)
         norms = torch.empty(len(points), dtype=torch.float64, device=points.device)
-        for rows in _slices(len(points), CENTRED_ROWS):
+
+        def fill(rows: slice) -> None:
             block = (points[rows] - centre).mul_(scale)  # float64
             x[rows] = block
             norms[rows] = block.square_().sum(dim=1)
+
+        _in_threads(fill, [(rows,) for rows in _slices(len(points), CENTRED_ROWS)], points.device)
         return cls(points, scale, x, *(bound.float() for bound in _norm_bounds(norms, points.shape[1], EPS32)))
 
     def __len__(self) -> int:
@@ -88,14 +95,17 @@ class Search:
         self.cloud, self.balls = cloud, balls
         self.inside = torch.zeros(len(cloud), dtype=torch.bool, device=cloud.x.device)  # certainly
         self.is_near = self.inside.clone()  # perhaps
+        self._lock = Lock()
 
     def look(self, rows: slice | Tensor, columns: slice | Tensor, products: Tensor) -> None:
         """products (n, m): -2 x.y of the cloud's ``rows`` and the balls' ``columns``."""
         near = self.balls.near[columns]
         least = (products + near).amin(dim=1)
         doubt = (self.balls.sure[columns] - near).amax() * (1 + 8 * EPS32)
-        self.is_near[rows] |= least <= -self.cloud.low[rows]
-        self.inside[rows] |= least <= -self.cloud.high[rows] - doubt
+        is_near, inside = least <= -self.cloud.low[rows], least <= -self.cloud.high[rows] - doubt
+        with self._lock:
+            self.is_near[rows] |= is_near
+            self.inside[rows] |= inside
 
     def result(self) -> Tensor:
         """bool (N,)"""
@@ -106,8 +116,8 @@ class Search:
 
 @contextlib.contextmanager
 def _arithmetic() -> Iterator[None]:
-    """Products of float32 in float32, for which the bounds are, not in TF32; and torch on one CPU thread: its threads and those
-    of numpy's products would wait for each other, up to ten times as long as the work takes where the cores are not idle."""
+    """Products of float32 in float32, for which the bounds are, not in TF32; and torch without threads of its own: they and
+    numpy's would wait for each other, up to ten times as long as the work takes where the cores are busy."""
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)
@@ -123,13 +133,14 @@ def membership(ref: Tensor, gen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Which of gen (M, D) are inside some ball of ref (N, D), and which of ref inside some ball of gen: bool (M,), (N,)."""
     gen_balls, ref_balls = _balls(gen, ref, k)
     gen_search, ref_search = Search(gen_balls.cloud, ref_balls), Search(ref_balls.cloud, gen_balls)
-    buffer = _block_buffer(gen_balls.cloud, ref_balls.cloud)
-    for i in _slices(len(gen), BLOCK_ROWS):
-        for j in _slices(len(ref), BLOCK_ROWS):
-            for rows, columns in _undecided(i, gen_search.inside[i], j, ref_search.inside[j]):
-                products = _products(-2 * gen_balls.cloud.x[rows], ref_balls.cloud.x[columns], buffer)
-                gen_search.look(rows, columns, products)
-                ref_search.look(columns, rows, products.T)
+
+    def look(i: slice, j: slice) -> None:
+        for rows, columns in _undecided(i, gen_search.inside[i], j, ref_search.inside[j]):
+            products = _products(gen_balls.cloud.x[rows], ref_balls.cloud.x[columns])
+            gen_search.look(rows, columns, products)
+            ref_search.look(columns, rows, products.T)
+
+    _in_threads(look, _blocks(gen_balls.cloud, ref_balls.cloud), gen.device)
     return gen_search.result(), ref_search.result()
 
 
@@ -199,31 +210,45 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _block_buffer(a: Cloud, b: Cloud) -> Tensor:
-    return torch.empty(min(BLOCK_ROWS, len(a)) * min(BLOCK_ROWS, len(b)), device=a.x.device)
+def _products(u: Tensor, v: Tensor) -> Tensor:
+    """-2 u v^T (n, m) of float32 u (n, D) and v (m, D)."""
+    if u.device.type != "cpu":
+        return torch.mm(u, v.T).mul_(-2)
+    return torch.from_numpy(u.numpy() @ v.numpy().T).mul_(-2)  # faster than torch's; of u with itself, half the work
 
 
-def _products(u: Tensor, v: Tensor, buffer: Tensor) -> Tensor:
-    """u v^T (n, m) of float32 u (n, D) and v (m, D), in the memory of ``buffer``."""
-    products = buffer[: len(u) * len(v)].view(len(u), len(v))
-    if u.device.type == "cpu":
-        np.matmul(u.numpy(), v.numpy().T, out=products.numpy())  # faster than torch's; of u with itself, half the work
-        return products
-    return torch.mm(u, v.T, out=products)
+def _blocks(a: Cloud, b: Cloud) -> list[tuple[slice, slice]]:
+    """(rows of a, rows of b) until every pair has been named; of a cloud with itself, every unordered pair of blocks, those of
+    a block with itself first."""
+    blocks = [(i, j) for i in _slices(len(a), BLOCK_ROWS) for j in _slices(len(b), BLOCK_ROWS)]
+    if a is not b:
+        return blocks
+    return sorted(((i, j) for i, j in blocks if i.start <= j.start), key=lambda block: block[0] != block[1])
 
 
 def _product_blocks(a: Cloud, b: Cloud) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (rows of a, rows of b, -2 x.y (n, m) float32) until every pair has been seen; of a cloud with itself, every
-    unordered pair of blocks, those of a block with itself first. The products are the caller's until the next ones."""
-    buffer = _block_buffer(a, b)
-    if a is b:
-        for i in _slices(len(a), BLOCK_ROWS):
-            yield i, i, _products(a.x[i], a.x[i], buffer).mul_(-2)
-    for i in _slices(len(a), BLOCK_ROWS):
-        u = -2 * a.x[i]
-        for j in _slices(len(b), BLOCK_ROWS):
-            if a is not b or i.start < j.start:
-                yield i, j, _products(u, b.x[j], buffer)
+    """Yield (rows of a, rows of b, -2 x.y (n, m) float32) of all :func:`_blocks`."""
+    for i, j in _blocks(a, b):
+        yield i, j, _products(a.x[i], b.x[j])
+
+
+@functools.cache  # it looks through all libraries that are loaded
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _in_threads(work: Callable[..., None], items: Sequence[tuple], device: torch.device) -> None:
+    """work(*item) for all items; on a CPU several at a time, on the threads that one product would have: what comes between
+    the products then runs on all cores as well."""
+    if device.type != "cpu" or len(items) < 2:
+        for item in items:
+            work(*item)
+        return
+    threads = max((library.num_threads for library in _blas().lib_controllers), default=1)
+    workers = min(threads, MOST_WORKERS)
+    with _blas().limit(limits=threads // workers), ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(work, *item) for item in items]:
+            future.result()
 
 
 def _undecided(i: slice, rows_decided: Tensor, j: slice, columns_decided: Tensor) -> list[tuple[slice | Tensor, ...]]:
@@ -240,13 +265,16 @@ def _nearest_by_lower_bound(cloud: Cloud, count: int) -> tuple[Tensor, Tensor]:
     least = torch.full((len(cloud), count), torch.inf, device=cloud.x.device)
     whose = torch.zeros(len(cloud), count, dtype=torch.int64, device=cloud.x.device)
 
-    def merge(rows: slice, values: Tensor, indices: Tensor) -> None:
-        values, indices = torch.cat([least[rows], values], dim=1), torch.cat([whose[rows], indices], dim=1)
-        least[rows], order = values.topk(count, dim=1, largest=False)
-        whose[rows] = indices.gather(1, order)
+    lock = Lock()
 
-    for i, j, products in _product_blocks(cloud, cloud):
-        bounds = products.add_(cloud.low[j]).add_(cloud.low[i, None])
+    def merge(rows: slice, values: Tensor, indices: Tensor) -> None:
+        with lock:
+            values, indices = torch.cat([least[rows], values], dim=1), torch.cat([whose[rows], indices], dim=1)
+            least[rows], order = values.topk(count, dim=1, largest=False)
+            whose[rows] = indices.gather(1, order)
+
+    def look(i: slice, j: slice) -> None:
+        bounds = _products(cloud.x[i], cloud.x[j]).add_(cloud.low[j]).add_(cloud.low[i, None])
         if i == j:
             values, columns = bounds.topk(min(count, len(bounds)), dim=1, largest=False)
             merge(i, values, columns + j.start)
@@ -257,6 +285,8 @@ def _nearest_by_lower_bound(cloud: Cloud, count: int) -> tuple[Tensor, Tensor]:
             c, order = c.sort(stable=True)
             r = r[order]
             merge(j, *_by_row(c, bounds[r, c], r + i.start, len(bounds.T)))
+
+    _in_threads(look, _blocks(cloud, cloud), cloud.x.device)
     return least.double(), whose
 
 
@@ -346,11 +376,13 @@ def _close_bounds(a: Cloud, b: Cloud) -> tuple[Tensor, Tensor]:
 def _squared_distances(a: Cloud, i: Tensor, b: Cloud, j: Tensor) -> Tensor:
     """|a_i - b_j|^2, float64 (pairs,), from differences: the same bits for (i, j) and (j, i), in any batch, on any device."""
     distances = torch.empty(len(i), dtype=torch.float64, device=i.device)
-    step = max(1, PAIR_ELEMENTS // a.points.shape[1])
-    for start in range(0, len(i), step):
-        pairs = slice(start, start + step)
+
+    def fill(pairs: slice) -> None:
         differences = a.points[i[pairs]].double().sub_(b.points[j[pairs]])
         distances[pairs] = _row_sums(differences.square_())
+
+    step = max(1, PAIR_ELEMENTS // a.points.shape[1])
+    _in_threads(fill, [(pairs,) for pairs in _slices(len(i), step)], i.device)
     return distances.mul_(a.scale**2)
 
 
