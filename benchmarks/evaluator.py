@@ -3,6 +3,8 @@
 python -m benchmarks.evaluator [--images 10000] [--features 2048] [--rounds 2] [--threads 2] [--quick]
 """
 
+import contextlib
+import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,20 +14,23 @@ import scipy.linalg
 import torch
 from threadpoolctl import threadpool_limits
 
+from benchmarks.inception import plain_inception, save_random_inception
 from benchmarks.report import device_name, environment, table, write_section
 from benchmarks.timing import CPU, Case, Result, measure
+from evaluations.inception import Inception
 from evaluations.metrics import frechet_distance, mean_covariance, precision_recall
 from runtime import cli
 
 NEIGHBOUR = 3
 LATENTS = 512  # of the features' make-up
-QUICK = {"images": 400, "singular_images": 40, "features": 64}
+QUICK = {"images": 400, "singular_images": 40, "features": 64, "inception_images": 2}
 
 CAPTION = """The cases take turns in shuffled order. Time / plain: the median of the rounds' ratios to the plain formulation:
 numpy.cov and the trace of scipy.linalg.sqrtm(sigma1 @ sigma2); whole matrices of distances, one at a time, built in place, and
 numpy.partition for the neighbour, in float64 or, where it says so, float32. Peak MB: the memory that one call adds to what is
-held before, features included. Features: non-negative, correlated, in clusters, half of them zero, as Inception's pool. Where
-covariances are singular, the difference is sqrtm's: tests/test_frechet.py has the closed form."""
+held before, features included. Inception: torch-fidelity's network as it is. Features: non-negative, correlated, in clusters,
+half of them zero, as Inception's pool. Where covariances are singular, the difference is sqrtm's: tests/test_frechet.py has
+the closed form."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Comparison:
     name: str
     run: Callable[[], Sequence[float]]
     plain: Callable[[], Sequence[float]]
-    target: float  # how many times faster
+    target: float | None = None  # how many times faster
     memory_target: float | None = None  # share of the plain formulation's peak
     harder: Callable[[], Sequence[float]] | None = None  # the plain formulation in float32, where there is one
 
@@ -52,6 +57,7 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument("--images", type=cli.positive_int, default=10_000, help="in each of the two sets")
     parser.add_argument("--singular-images", type=cli.positive_int, default=1000, help="where covariances are to be singular")
     parser.add_argument("--features", type=cli.positive_int, default=2048, help="of an image")
+    parser.add_argument("--inception-images", type=cli.positive_int, default=16, help="of 256 x 256 pixels, through Inception")
     parser.add_argument("--rounds", type=cli.positive_int, default=2, help="in which every case is timed once")
     parser.add_argument("--threads", type=cli.positive_int, help="of the CPU (default: as the libraries choose)")
     parser.add_argument("--quick", action=cli.BooleanFlag, help="small sizes, to see that it runs; nothing is written")
@@ -102,11 +108,24 @@ def plain_precision_recall(ref: np.ndarray, gen: np.ndarray, dtype: type) -> tup
     return float((between <= ref_radii).any(axis=1).mean()), float((between <= gen_radii[:, None]).any(axis=0).mean())
 
 
+def inception(num_images: int) -> Comparison:
+    images = np.random.default_rng(0).integers(0, 256, (num_images, 256, 256, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
+        save_random_inception(f"{folder}/random.pth")
+        plain, ours = plain_inception(f"{folder}/random.pth"), Inception(CPU, f"{folder}/random.pth")
+    return Comparison(
+        f"Inception, {num_images} images",
+        lambda: ours(images).pool.mean(axis=1),
+        lambda: plain(images).mean(axis=1),
+    )
+
+
 def comparisons(args) -> list[Comparison]:
     ref, gen = (pool_features(args.images, args.features, seed, shift) for seed, shift in ((1, 0), (2, 0.05)))
     few = ref[: args.singular_images], gen[: args.singular_images]
     whole, singular = ([*plain_statistics(a), *plain_statistics(b)] for a, b in ((ref, gen), few))
     return [
+        inception(args.inception_images),
         Comparison("Frechet", lambda: [frechet_distance(*whole)], lambda: [plain_frechet(*whole)], target=6),
         Comparison(
             "Frechet from features",
@@ -181,7 +200,7 @@ def verdicts(item: Comparison, results: dict[str, Result], values: dict[str, np.
         difference = np.max(np.abs(values[item.name] - values[case.name]) / np.abs(values[case.name]))
         is_harder = case.name != f"{item.name}, plain"
         line = f"- {item.name}: {faster:.1f} times as fast as {kind}"
-        line += "" if is_harder else f" (target {item.target:g})"
+        line += "" if is_harder or item.target is None else f" (target {item.target:g})"
         if ours.peak_bytes is not None:
             line += f", {ours.peak_bytes / plain.peak_bytes:.2f} of its memory"
             line += "" if is_harder else f" (target {item.memory_target:g})"

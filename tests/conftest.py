@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.inception import save_random_inception
 from runtime import cli
 
 torch.set_num_threads(1)
@@ -72,27 +73,10 @@ def latent_store(image_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory) -> Path:
-    """A weights file of torch-fidelity's Inception with random values, He-scaled: with others its features vanish."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Unloaded(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args, **kwargs):
-            """Keep the values as they are."""
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-    network = Unloaded("unloaded", ["2048"], feature_extractor_weights_path=folder / "empty.pth")
-    draws = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in network.state_dict().items():
-            if value.ndim > 1:
-                value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=draws)
-            elif name.endswith(("running_var", "bn.weight")):
-                value.uniform_(0.8, 1.2, generator=draws)
-            elif value.ndim == 1:
-                value.normal_(0, 0.1, generator=draws)
-    torch.save(network.state_dict(), folder / "random.pth")
-    return folder / "random.pth"
+    """A weights file of torch-fidelity's Inception with random values."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    save_random_inception(path)
+    return path
 
 
 @pytest.fixture
