@@ -180,7 +180,7 @@ def test_missing_tensorflow_says_what_to_install(tmp_path, monkeypatch):
 def places(tmp_path, monkeypatch):
     """The files of find_graph in its order, none of them there yet; a download fails."""
 
-    def no_network(url, path):
+    def no_network(url, path, hash_prefix):
         raise OSError("name or service not known")
 
     (tmp_path / "work").mkdir()
@@ -217,7 +217,7 @@ def test_find_graph_does_not_pass_over_a_file_that_is_named(places, monkeypatch)
 
 def test_find_graph_downloads_where_it_finds_it_next_time(places, monkeypatch):
     urls = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: (urls.append(url), Path(path).touch()))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: (urls.append(url), Path(path).touch()))
     assert find_graph(None) == find_graph(None) == places[-1]
     assert urls == [inception_tf.GRAPH_URL]
 
