@@ -217,7 +217,12 @@ def test_find_graph_does_not_pass_over_a_file_that_is_named(places, monkeypatch)
 
 def test_find_graph_downloads_where_it_finds_it_next_time(places, monkeypatch):
     urls = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: (urls.append(url), Path(path).touch()))
+
+    def download(url, path, hash_prefix):
+        urls.append(url)
+        Path(path).touch()
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     assert find_graph(None) == find_graph(None) == places[-1]
     assert urls == [inception_tf.GRAPH_URL]
 
