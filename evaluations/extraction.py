@@ -103,7 +103,7 @@ def extract(
     """Features of the images at ``rows`` of ``path``, and positions of those that are of one colour; None on other processes.
 
     Batches are cut before they are shared out, so that an image is always measured in the same company and the features have
-    the same bytes whatever the number of processes. Memory holds three batches of images. Raises ValueError naming the file
+    the same bytes whatever the number of processes. Memory holds two batches of images. Raises ValueError naming the file
     and the first image with a non-finite feature.
     """
     starts = my_share(range(0, len(rows), batch_size), state)
