@@ -13,6 +13,18 @@ from runtime import cli
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def adm_golden() -> dict[str, np.ndarray]:
+    """Features, and ADM's metrics of them."""
+    with np.load(Path(__file__).parent / "golden" / "adm_metrics.npz") as file:
+        return dict(file)
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """Folder of an untrained AutoencoderKL with the SD VAE's geometry: 8 times downsampling, 4 channels, scale 0.18215."""

@@ -28,11 +28,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
 def files(tmp_path, rng):
     """ref.npz and samples.npz: 60 and 50 images of 4 x 4, of different brightness."""
     ref, samples = rng.integers(0, 200, (60, 4, 4, 3), np.uint8), rng.integers(30, 256, (50, 4, 4, 3), np.uint8)

@@ -1,7 +1,5 @@
 """Moments and the Frechet distance against golden numbers, closed forms and independent implementations."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -11,28 +9,15 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from evaluations import frechet
 from evaluations.metrics import Moments, bootstrap_frechet, frechet_distance, mean_covariance
 
-GOLDEN = Path(__file__).parent / "golden" / "adm_metrics.npz"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as file:
-        return dict(file)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
 
 def random_covariance(rng, size, rank=None):
     factor = rng.standard_normal((size, rank or 2 * size))
     return factor @ factor.T / factor.shape[1]
 
 
-def test_frechet_golden(golden):
-    value = frechet_distance(*mean_covariance(golden["ref"]), *mean_covariance(golden["gen"]))
-    assert value == pytest.approx(float(golden["frechet"]), rel=1e-6)
+def test_frechet_golden(adm_golden):
+    value = frechet_distance(*mean_covariance(adm_golden["ref"]), *mean_covariance(adm_golden["gen"]))
+    assert value == pytest.approx(float(adm_golden["frechet"]), rel=1e-6)
 
 
 def test_frechet_of_commuting_gaussians():

@@ -1,7 +1,5 @@
 """Inception score and kernel distance against golden numbers, closed forms and independent implementations."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,27 +7,13 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from evaluations.metrics import inception_score, kernel_distance
 
-GOLDEN = Path(__file__).parent / "golden" / "adm_metrics.npz"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as file:
-        return dict(file)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 # --- Inception score
 
 
 @pytest.mark.parametrize("split_size", [500, 5000])
-def test_inception_score_golden(golden, split_size):
-    expected = float(golden[f"inception_score_split{split_size}"])
-    assert inception_score(golden["softmax"], split_size) == pytest.approx(expected, rel=1e-6)
+def test_inception_score_golden(adm_golden, split_size):
+    expected = float(adm_golden[f"inception_score_split{split_size}"])
+    assert inception_score(adm_golden["softmax"], split_size) == pytest.approx(expected, rel=1e-6)
 
 
 def test_inception_score_closed_forms():

@@ -1,7 +1,6 @@
 """Precision, recall, density and coverage against golden numbers, independent implementations and degenerate sets."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +10,6 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluations import metrics, neighbours
 from evaluations.metrics import density_coverage, membership, precision_recall
-
-GOLDEN = Path(__file__).parent / "golden" / "adm_metrics.npz"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as file:
-        return dict(file)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def written_out(ref, gen, k):
@@ -55,10 +41,10 @@ def assert_exact(ref, gen, k=3):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_precision_recall_golden(golden, half):
+def test_precision_recall_golden(adm_golden, half):
     suffix = "half" if half else "exact"
-    expected = float(golden[f"precision_{suffix}"]), float(golden[f"recall_{suffix}"])
-    assert precision_recall(golden["ref"], golden["gen"], half=half) == pytest.approx(expected, rel=1e-12)
+    expected = float(adm_golden[f"precision_{suffix}"]), float(adm_golden[f"recall_{suffix}"])
+    assert precision_recall(adm_golden["ref"], adm_golden["gen"], half=half) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -77,9 +63,9 @@ def test_precision_recall_agrees_with_sklearn(rng, k):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_blocks_do_not_change_the_result(golden, monkeypatch, half, size):
+def test_blocks_do_not_change_the_result(adm_golden, monkeypatch, half, size):
     """Sizes that leave a remainder, and blocks of fewer columns than neighbours are sought."""
-    ref, gen = golden["ref"][:90], golden["gen"][:70]
+    ref, gen = adm_golden["ref"][:90], adm_golden["gen"][:70]
     whole = precision_recall(ref, gen, half=half)
     monkeypatch.setattr(metrics, "ADM_DISTANCE_ROWS", size)
     monkeypatch.setattr(neighbours, "BLOCK_ROWS", size)
@@ -102,15 +88,15 @@ def test_distances_do_not_lose_digits():
     assert precision_recall(line + 4096, line + 4096 + 2.5, k=1) == near == (4 / 6, 4 / 6)
 
 
-def test_half_falls_back_to_float32_when_float16_overflows(golden):
+def test_half_falls_back_to_float32_when_float16_overflows(adm_golden):
     """Times 1000 squared norms exceed 65504; without the fallback all distances are inf or NaN."""
-    ref, gen = 1000 * golden["ref"], 1000 * golden["gen"]
-    expected = float(golden["precision_exact"]), float(golden["recall_exact"])
+    ref, gen = 1000 * adm_golden["ref"], 1000 * adm_golden["gen"]
+    expected = float(adm_golden["precision_exact"]), float(adm_golden["recall_exact"])
     assert precision_recall(ref, gen, half=True) == pytest.approx(expected, rel=1e-12)
 
 
-def test_same_set_is_covered_and_far_set_is_not(golden):
-    points = golden["ref"][:100]
+def test_same_set_is_covered_and_far_set_is_not(adm_golden):
+    points = adm_golden["ref"][:100]
     assert precision_recall(points, points) == (1, 1)
     assert precision_recall(points, points + 1000) == (0, 0)
 
@@ -132,21 +118,21 @@ def test_precision_recall_bad_input(half):
         precision_recall(good, good, k=0, half=half)
 
 
-def test_membership_is_whose_means_precision_and_recall_are(golden):
-    gen_inside, ref_inside = membership(golden["ref"], golden["gen"])
+def test_membership_is_whose_means_precision_and_recall_are(adm_golden):
+    gen_inside, ref_inside = membership(adm_golden["ref"], adm_golden["gen"])
     assert gen_inside.dtype == ref_inside.dtype == bool
     assert (gen_inside.shape, ref_inside.shape) == ((700,), (900,))
-    assert precision_recall(golden["ref"], golden["gen"]) == (gen_inside.mean(), ref_inside.mean())
+    assert precision_recall(adm_golden["ref"], adm_golden["gen"]) == (gen_inside.mean(), ref_inside.mean())
 
 
-def test_agrees_with_torch_fidelity(golden):
+def test_agrees_with_torch_fidelity(adm_golden):
     """Its first set is the generated one; in that order its precision and recall are the paper's and ours."""
     theirs = prc_features_to_metric(
-        torch.from_numpy(golden["gen"]), torch.from_numpy(golden["ref"]), save_cpu_ram=False, verbose=False
+        torch.from_numpy(adm_golden["gen"]), torch.from_numpy(adm_golden["ref"]), save_cpu_ram=False, verbose=False
     )
     expected = theirs["precision"], theirs["recall"]
     assert expected[0] != expected[1]
-    assert precision_recall(golden["ref"], golden["gen"]) == pytest.approx(expected, rel=1e-6)
+    assert precision_recall(adm_golden["ref"], adm_golden["gen"]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 5])

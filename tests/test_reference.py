@@ -16,11 +16,6 @@ from evaluations.metrics import mean_covariance
 from tests.launch import run_script
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def flat(images):
     return images.transpose(0, 3, 1, 2).reshape(len(images), -1) / np.float32(255)
 
