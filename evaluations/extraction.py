@@ -86,15 +86,19 @@ def _complete(side: Side, carried: Statistics) -> Side:
             f"{side.path}: {len(side.constant)} image(s) of one colour throughout, at {shown}. A NaN in a sampler or decoder "
             "ends as such an image: look at them before trusting the numbers"
         )
-    num_images, dimensions = side.features.pool.shape
-    if "pool" not in carried and num_images <= dimensions:
-        note(
-            f"{side.path}: {num_images} images for {dimensions} features, whose covariance they cannot determine. FID is "
-            "biased upwards; compare it only with FIDs of as many images (published ones take 50,000)"
-        )
+    if "pool" not in carried:
+        note_small_set(side.path, *side.features.pool.shape)
     layers = {layer: getattr(side.features, layer) for layer in STATISTICS if layer not in side.statistics}
     computed = {layer: mean_covariance(values) for layer, values in layers.items() if values is not None}
     return replace(side, statistics=side.statistics | computed)
+
+
+def note_small_set(path: str, num_images: int, dimensions: int) -> None:
+    if num_images <= dimensions:
+        note(
+            f"{path}: {num_images} images for {dimensions} features, whose covariance they cannot determine. FID is biased "
+            "upwards; compare it only with FIDs of as many images (published ones take 50,000)"
+        )
 
 
 def extract(

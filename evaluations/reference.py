@@ -26,7 +26,7 @@ try:
     from data.npz import RowBlocks, write_npz
     from data.store import META, LatentStore
     from evaluations.batches import FEATURES_KEY, STATISTICS
-    from evaluations.extraction import constant_images, require_finite
+    from evaluations.extraction import constant_images, note_small_set, require_finite
     from evaluations.features import Extractor, add_features_arguments, load_extractor
     from evaluations.metrics import Moments
     from runtime import cli, draws
@@ -147,6 +147,7 @@ def measure(images: Images, extractor: Extractor, batch_size: int, state: Partia
     for layer, (mu_key, sigma_key) in STATISTICS.items():
         if totals[layer].count:
             arrays[mu_key], arrays[sigma_key] = totals[layer].mean_covariance()
+    note_small_set("the data set", images.count, len(arrays["mu"]))
     return arrays
 
 

@@ -30,7 +30,7 @@ def images_of(folder, size):
     return np.stack([load_image(path, size) for path in ImageFolder(folder).paths])
 
 
-def test_holds_images_labels_and_statistics(image_folder, tmp_path):
+def test_holds_images_labels_and_statistics(image_folder, tmp_path, capsys):
     built = build(image_folder, tmp_path / "ref.npz", "--image-size", 8, "--batch-size", 3)
     images = images_of(image_folder, 8)
     mu, sigma = mean_covariance(flat(images))
@@ -40,6 +40,7 @@ def test_holds_images_labels_and_statistics(image_folder, tmp_path):
     np.testing.assert_allclose(built["mu"], mu, rtol=1e-6)
     np.testing.assert_allclose(built["sigma"], sigma, rtol=1e-6, atol=1e-9)
     assert built["features"].tolist() == ["pixels"]
+    assert "14 images for 192 features, whose covariance they cannot determine" in capsys.readouterr().err
 
 
 def test_statistics_are_of_the_whole_set(image_folder, tmp_path, fresh_accelerate_state):
