@@ -239,6 +239,7 @@ def test_gathering_in_blocks(files):
         "rows = np.arange(70).reshape(10, 7)[:6] + 1000 * rank if rank else None\n"
         "rows = distributed.gather_rows(rows, state)\n"
         "assert distributed.gather_rows(None, state) is None\n"
+        "distributed.leave_group()\n"
         "if state.is_main_process:\n"
         "    expected = np.concatenate([np.arange(42).reshape(6, 7) + 1000 * r for r in (1, 2)])\n"
         "    assert (rows == expected).all(), rows\n"
