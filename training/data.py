@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.ahead import read_ahead
 from runtime.draws import Purpose, generator, normals, uniforms
 
 
@@ -116,12 +116,5 @@ class Batches:
         in_thread: make the next batch while the caller works on this one. Only where the work is on another device: on a CPU
         the two would fight for the cores, and lose a quarter of the speed.
         """
-        if not in_thread:
-            yield from ((step, self(step)) for step in range(start, stop))
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-            future = thread.submit(self, start) if start < stop else None
-            for step in range(start, stop):
-                batch = future.result()
-                future = thread.submit(self, step + 1) if step + 1 < stop else None
-                yield step, batch
+        batches = ((step, self(step)) for step in range(start, stop))
+        return read_ahead(batches) if in_thread else batches
