@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -118,34 +118,39 @@ def extract(
     progress = tqdm(total=len(mine), desc=os.path.basename(path), unit=" images", disable=not shown, file=sys.stderr)
     done = 0
     with together(), progress:
-        for images in read_ahead(read_batches(path, "arr_0", batch_size, mine)):
-            positions = mine[done : done + len(images)]
-            names = [f"{path}: image {position}" for position in positions]
-            constant += [positions[index] for index in constant_images(images)]
-            for layer, values in vars(extractor(images)).items():
-                if values is None:
-                    continue
-                require_finite(values, layer, names)
+        batches = read_batches(path, "arr_0", batch_size, mine)
+        for values, of_one_colour in extract_batches(batches, mine, lambda row: f"{path}: image {row}", extractor, progress):
+            stop = done + len(values["pool"])
+            for layer, rows_of_layer in values.items():
                 if layer not in layers:
-                    layers[layer] = np.empty((len(mine), *values.shape[1:]), np.float32)
-                layers[layer][done : done + len(values)] = values
-            done += len(images)
-            progress.update(len(images))
+                    layers[layer] = np.empty((len(mine), *rows_of_layer.shape[1:]), np.float32)
+                layers[layer][done:stop] = rows_of_layer
+            constant += of_one_colour
+            done = stop
     gathered = {layer: gather_rows(layers.pop(layer, None), state) for layer in LAYERS}
     constant = gather_object(constant)
     return (Features(**gathered), constant) if state.is_main_process else None
 
 
-def constant_images(images: np.ndarray) -> list[int]:
-    """Positions of those of uint8 images (B, H, W, 3) that are of one colour throughout."""
-    return [index for index, image in enumerate(images) if (image == image[0, 0]).all()]
+def extract_batches(
+    batches: Iterable[np.ndarray], positions: Sequence[int], name: Callable[[int], str], extractor: Extractor, progress: tqdm
+) -> Iterator[tuple[dict[str, np.ndarray], list[int]]]:
+    """Yield the layers (B, D) of every batch of images (B, H, W, 3), and the positions of its images of one colour throughout.
 
-
-def require_finite(values: np.ndarray, layer: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a non-finite feature in values (B, D), with the image's name."""
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        raise ValueError(f"{names[int(bad.argmax())]} has a non-finite {layer} feature: remove or make it again")
+    positions: of all images in turn. name: what a message calls the image at a position. Raises ValueError naming the first
+    image with a non-finite feature.
+    """
+    done = 0
+    for images in read_ahead(batches):
+        here = positions[done : done + len(images)]
+        layers = {layer: values for layer, values in vars(extractor(images)).items() if values is not None}
+        for layer, values in layers.items():
+            bad = ~np.isfinite(values).all(axis=1)
+            if bad.any():
+                raise ValueError(f"{name(here[int(bad.argmax())])} has a non-finite {layer} feature: remove or make it again")
+        done += len(images)
+        progress.update(len(images))
+        yield layers, [position for position, image in zip(here, images, strict=True) if (image == image[0, 0]).all()]
 
 
 def _cache_name(path: str, extractor: Extractor) -> str:

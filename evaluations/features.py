@@ -60,7 +60,7 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
         "--inception-weights",
         metavar="FILE",
         help="weights of inception (.pth of torch-fidelity) or graph of inception-tf (.pb of ADM); None: $INCEPTION_WEIGHTS or "
-        "$INCEPTION_GRAPH, else the torch hub cache, else downloaded there",
+        "$INCEPTION_GRAPH, else the working directory or the torch hub cache, else downloaded there",
     )
     parser.add_argument(
         "--timm-weights", metavar="FILE", help="weights of timm:NAME, .safetensors or .pth; None: timm's own, from the hub"

@@ -26,11 +26,10 @@ try:
     from data.npz import RowBlocks, write_npz
     from data.store import META, LatentStore
     from evaluations.batches import FEATURES_KEY, STATISTICS
-    from evaluations.extraction import constant_images, note_small_set, require_finite
+    from evaluations.extraction import extract_batches, note_small_set
     from evaluations.features import Extractor, add_features_arguments, load_extractor
     from evaluations.metrics import Moments
     from runtime import cli, draws
-    from runtime.ahead import read_ahead
     from runtime.distributed import gather_rows, leave_group, my_share, note, start, together
     from runtime.files import check_writable
 except ModuleNotFoundError as error:
@@ -90,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(args.num_workers) as pool:
         with together():
             images = from_store(args, state) if is_store(args.data_path) else from_folder(args, pool)
+            if args.statistics and images.count < 2:
+                raise ValueError(f"a covariance needs two images, there is {images.count}: use --no-statistics")
             if state.is_main_process:
                 check_writable(args.ref)
         statistics = {}
@@ -118,26 +119,18 @@ def write(args: argparse.Namespace, images: Images, statistics: dict[str, np.nda
 def measure(images: Images, extractor: Extractor, batch_size: int, state: PartialState) -> dict[str, np.ndarray]:
     """The statistics of all images as a reference carries them, on the main process; empty elsewhere.
 
-    Every process takes a slice of the data set; memory does not grow with it. Raises ValueError for fewer than two images, and
-    naming an image with a non-finite feature.
+    Every process takes a slice of the data set; memory does not grow with it. Raises ValueError naming an image with a
+    non-finite feature.
     """
-    if images.count < 2:
-        raise ValueError(f"a covariance needs two images, there is {images.count}: use --no-statistics")
     mine = my_share(range(images.count), state)
-    moments, constant, done = {layer: Moments() for layer in STATISTICS}, [], 0
+    moments, constant = {layer: Moments() for layer in STATISTICS}, []
     progress = tqdm(total=len(mine), unit=" images", disable=not state.is_main_process, file=sys.stderr)
     with together(), progress:
-        for batch in read_ahead(images.read(positions) for positions in batches(mine, batch_size)):
-            positions = mine[done : done + len(batch)]
-            names = [images.name(position) for position in positions]
-            constant += [names[index] for index in constant_images(batch)]
-            features = extractor(batch)
-            for layer, known in moments.items():
-                if (values := getattr(features, layer)) is not None:
-                    require_finite(values, layer, names)
-                    known.update(values)
-            done += len(batch)
-            progress.update(len(batch))
+        read = (images.read(positions) for positions in batches(mine, batch_size))
+        for values, of_one_colour in extract_batches(read, mine, images.name, extractor, progress):
+            for layer in moments.keys() & values.keys():
+                moments[layer].update(values[layer])
+            constant += map(images.name, of_one_colour)
     if constant := gather_object(constant):
         note(f"{len(constant)} image(s) of one colour throughout, the first is {constant[0]}")
     totals = {layer: merge_everywhere(known, state) for layer, known in moments.items()}
