@@ -14,6 +14,7 @@ from runtime.cli import first_line
 
 HUB_NAMES = {"sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse"}
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the range to which the VAE's posterior clamps its log-variance
+SLICE_PIXELS = 16 * 256**2  # what a VAE works on at once: 16 images of 256 x 256, 4 of 512 x 512, 1 of 1024 x 1024
 WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -94,25 +95,34 @@ class PixelCodec(Codec):
 
 
 class VAECodec(Codec):
-    """A diffusers AutoencoderKL, frozen, in float32. Decoding goes in slices: activations are far larger than latents."""
+    """A diffusers AutoencoderKL, frozen, in float32.
+
+    It works in slices of at most ``slice_pixels`` image pixels (at least one image): its activations are far larger than
+    images and latents, and grow with the pixels.
+    """
 
     stochastic = True
 
-    def __init__(self, name: str, vae, device: torch.device, decode_slice: int = 16):
+    def __init__(self, name: str, vae, device: torch.device, slice_pixels: int = SLICE_PIXELS):
         config = vae.config
-        self.name, self.device, self.decode_slice = name, device, decode_slice
+        self.name, self.device, self.slice_pixels = name, device, slice_pixels
         self.scale, self.latent_channels = float(config.scaling_factor), config.latent_channels
         self.downsample = 2 ** (len(config.block_out_channels) - 1)  # every block but the last halves the image
         self.vae = vae.to(device, torch.float32).eval().requires_grad_(False)
 
+    def _slices(self, batch: Tensor, pixels: int) -> tuple[Tensor, ...]:
+        """The batch cut for images of so many pixels each."""
+        return batch.split(max(1, self.slice_pixels // pixels))
+
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(to_float(images.to(self.device))).latent_dist
-        return posterior.mean, posterior.logvar
+        slices = self._slices(images, images.shape[1:].numel() // 3)
+        posteriors = [self.vae.encode(to_float(part.to(self.device))).latent_dist for part in slices]
+        return torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        slices = latents.split(self.decode_slice)
+        slices = self._slices(latents, latents.shape[2:].numel() * self.downsample**2)
         return torch.cat([to_uint8(self.vae.decode(part.to(self.device).float() / self.scale).sample) for part in slices])
 
 

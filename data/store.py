@@ -86,6 +86,11 @@ class LatentStore:
         return labels if labels is None or self._written is None else labels[self._written]
 
     @property
+    def image_size(self) -> int:
+        """Side of the encoded images, in pixels."""
+        return self.meta["image_size"]
+
+    @property
     def class_names(self) -> list[str] | None:
         return self.meta.get("class_names")
 

@@ -83,15 +83,28 @@ def test_posterior_clamps_the_log_variance():
     torch.testing.assert_close(values, torch.exp(torch.tensor([-15.0, 0.0, 10.0])))
 
 
-def test_large_batches_are_decoded_in_slices(tiny_vae):
+@pytest.mark.parametrize(("size", "slices"), [(16, [5]), (32, [2, 2, 1]), (48, [1] * 5)])
+def test_the_vae_works_in_slices_of_so_many_pixels(tiny_vae, vae, size, slices):
+    """A slice used to be 16 images whatever their size when decoding, and the whole batch when encoding."""
     codec = load_codec(str(tiny_vae))
-    codec.decode_slice = 2
-    seen = []
-    codec.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    latents = torch.randn(5, 4, 4, 4)
-    images = codec.decode(latents)
-    assert seen == [2, 2, 1]
-    assert (images[4:].int() - codec.decode(latents[4:]).int()).abs().max() <= 1
+    assert codec.slice_pixels == 16 * 256 * 256
+    codec.slice_pixels = 2 * 32 * 32
+    seen = {"encoder": [], "decoder": []}
+    for name, sizes in seen.items():
+        getattr(codec.vae, name).register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+    images, noise = random_images(5, size), torch.randn(5, 4, size // 8, size // 8)
+    floats = images.permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(floats).latent_dist
+        latents = 0.18215 * (posterior.mean + posterior.std * noise)
+        decoded = vae.decode(latents / 0.18215).sample
+    for given in (images, floats):
+        torch.testing.assert_close(codec.encode(given, noise), latents)
+        for ours, theirs in zip(codec.moments(given), (posterior.mean, posterior.logvar), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    expected = (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert (codec.decode(latents).int() - expected.int()).abs().max() <= 1
+    assert seen == {"encoder": 4 * slices, "decoder": slices}
 
 
 def test_torch_weights_are_read_too(tiny_vae, vae, tmp_path):
