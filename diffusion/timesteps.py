@@ -77,4 +77,27 @@ class LossSecondMomentSampler(UniformSampler):
         self._history, self._counts = history, np.asarray(state["counts"], np.int64)
 
 
+class ContinuousSampler:
+    """Times uniform on [t0, t1], for networks that take continuous time; importance weights 1. As :class:`UniformSampler`."""
+
+    learns = False
+
+    def __init__(self, t0: float, t1: float):
+        self.t0, self.t1 = t0, t1
+
+    def sample(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Map U(0, 1) draws (B,) to times and weights, both float32."""
+        t = self.t0 + (self.t1 - self.t0) * np.asarray(uniforms, np.float64)
+        return t.astype(np.float32), np.ones(len(t), np.float32)
+
+    def update(self, timesteps: np.ndarray, losses: np.ndarray) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
+
 SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
