@@ -3,32 +3,22 @@
 python -m models [--image-size 256]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from models.registry import PUBLISHED, create_model, model_config, model_names
+from models.macs import fresh_on_meta, multiply_accumulates
+from models.registry import PUBLISHED, VARIANTS, model_config, model_names
 from runtime import cli
 
 VAE_DOWNSAMPLE = 8
 
 
-def count(name: str, input_size: int | None) -> tuple[float, float, int]:
-    """(million trainable parameters, GMAC of one image, latent side), on the meta device: nothing is computed.
-
-    input_size None: the model's own. torch counts FLOPs as two for each multiply-accumulate.
-    """
-    overrides = {} if input_size is None else {"input_size": input_size}
-    config = model_config(name, **overrides)
-    with torch.device("meta"):
-        model = create_model(name, **overrides).eval()
-        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        t, y = torch.empty(1), torch.empty(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model(x, t, y)
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return parameters / 1e6, counter.get_total_flops() / 2e9, config.input_size
+def rows() -> Iterator[tuple[str, str, dict]]:
+    """(label, model, settings): every model, each followed by its variants."""
+    for name in model_names():
+        yield name, name, {}
+        for label, (model, settings) in VARIANTS.items():
+            if model == name:
+                yield label, model, settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,18 +29,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image_size and args.image_size % VAE_DOWNSAMPLE:
         parser.error(f"--image-size {args.image_size} is not divisible by {VAE_DOWNSAMPLE}, the downsampling of the VAE")
-    input_size = args.image_size // VAE_DOWNSAMPLE if args.image_size else None
-    print(f"{'':12}{'latents':>9}{'params M':>10}{'GMAC':>9}   published: {'params M':>8}{'GMAC':>8}{'FID-50K':>9}  source")
-    for name in model_names():
-        parameters, gmac, side = count(name, input_size)
-        known = PUBLISHED.get(name)
-        row = f"{name:12}{side:>6}^2 {parameters:10.2f}{gmac:9.3f}"
+    size = {"input_size": args.image_size // VAE_DOWNSAMPLE} if args.image_size else {}
+    print(f"{'':14}{'latents':>9}{'params M':>10}{'GMAC':>9}   published: {'params M':>8}{'GMAC':>8}{'FID-50K':>9}  source")
+    for label, name, settings in rows():
+        try:
+            config = model_config(name, **settings, **size)
+        except ValueError as error:
+            print(f"{label:14}{error}")
+            continue
+        trained = [parameter for parameter in fresh_on_meta(config).parameters() if parameter.requires_grad]
+        millions, gmac = sum(parameter.numel() for parameter in trained) / 1e6, multiply_accumulates(config) / 1e9
+        row = f"{label:14}{config.input_size:>6}^2 {millions:10.2f}{gmac:9.3f}"
+        known = PUBLISHED.get(label)
         if known:
             row += (
                 f"{'':14}{known.params_millions or '-':>8}{known.gmac or '-':>8}{known.fid50k_400k or '-':>9}  {known.source}"
             )
         print(row)
-    print("Published figures are for 256x256 images (latents 32^2), FID after 400k steps of batch 256 without guidance.")
+    print("M: mediators. Published figures are for 256x256 images (latents 32^2), FID after 400k steps of batch 256, unguided.")
 
 
 if __name__ == "__main__":

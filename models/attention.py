@@ -47,11 +47,57 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     return out[..., :head_dim] if padding else out
 
 
-class Attention(nn.Module):
+class BiasedAttention(nn.Module):
+    """What the attentions share: the linears, and a score bias that is expanded from learned tables.
+
+    A subclass says which tables (:meth:`_bias_tables`) and what they expand to (:meth:`_expand_bias`).
+    """
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"the width {width} is not divisible by the number of heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self._cached_bias: Tensor | tuple[Tensor, ...] | None = None
+        self._cache_key: tuple | None = None
+
+    def score_bias(self) -> Tensor | tuple[Tensor, ...] | None:
+        """What :meth:`forward` takes as ``bias``.
+
+        Expanded at each call where a gradient may be wanted; otherwise once, and again whenever the tables' values, device or
+        the working precision have changed.
+        """
+        weight, tables = self.proj.weight, self._bias_tables()
+        dtype = _working_dtype(weight)
+        if torch.is_grad_enabled() or any(table.is_inference() for table in tables):
+            return self._expand_bias(dtype)
+        key = (weight.device, dtype, *((id(table), table.data_ptr(), table._version) for table in tables))
+        if key != self._cache_key:
+            self._cached_bias, self._cache_key = self._expand_bias(dtype), key
+        return self._cached_bias
+
+    def train(self, mode: bool = True) -> "BiasedAttention":
+        """A change of mode drops the cache: it changes AMM, and it covers writes through ``.data``, which leave no trace."""
+        self._cached_bias = self._cache_key = None
+        return super().train(mode)
+
+    def _bias_tables(self) -> tuple[Tensor, ...]:
+        """The parameters that the bias depends on."""
+        return ()
+
+    def _expand_bias(self, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...] | None:
+        """The bias in the working precision, None for no bias."""
+        return None
+
+
+class Attention(BiasedAttention):
     """Self-attention over N = grid^2 tokens.
 
     position_bias: add a learned :class:`RelativePositionBias`. amm: None, "exp" or "cos"; in eval mode the attention
-    probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising.
+    probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None,
+    (1, H, N, N), or with active AMM (1, 1 or H, N, 2N).
 
     AMM through a fused softmax: with c = max M, every key appears twice, once with score s + log M and its value v, once with
     score s + log(c - M) and value 0. The denominator is then c * sum(exp s) and the numerator sum(exp(s) M v), so c times the
@@ -59,12 +105,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, width: int, num_heads: int, grid: int, *, position_bias: bool = True, amm: str | None = None):
-        super().__init__()
-        if width % num_heads:
-            raise ValueError(f"the width {width} is not divisible by the number of heads {num_heads}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        super().__init__(width, num_heads)
         if position_bias:
             self.rel_pos_bias = RelativePositionBias(grid, num_heads)
         self.amm = amm
@@ -74,42 +115,20 @@ class Attention(nn.Module):
             rest = (self.amm_max - matrix).clamp(min=0)  # the diagonal is 0, or its rounding
             logs = torch.cat([matrix.log(), rest.log()], dim=1).float()
             self.register_buffer("amm_log", logs, persistent=False)  # (N, 2N)
-        self._cached_bias: Tensor | None = None
-        self._cache_key: tuple | None = None
-
-    def score_bias(self) -> Tensor | None:
-        """What is added to the scores: None, (1, H, N, N), or with active AMM (1, 1 or H, N, 2N).
-
-        Expanded at each call where a gradient may be wanted; otherwise once, and again whenever the table's values, device or
-        the working precision have changed.
-        """
-        table = self.rel_pos_bias.relative_position_bias_table if hasattr(self, "rel_pos_bias") else None
-        if table is None and not self.amm_is_active:
-            return None
-        device = self.proj.weight.device
-        dtype = _working_dtype(self.proj.weight)
-        if torch.is_grad_enabled() or (table is not None and table.is_inference()):
-            return self._expand_bias().to(dtype)
-        key = (device, dtype, None if table is None else (id(table), table.data_ptr(), table._version))
-        if key != self._cache_key:
-            self._cached_bias, self._cache_key = self._expand_bias().to(dtype), key
-        return self._cached_bias
-
-    def train(self, mode: bool = True) -> "Attention":
-        """A change of mode drops the cache: it changes AMM, and it covers writes through ``.data``, which leave no trace."""
-        self._cached_bias = self._cache_key = None
-        return super().train(mode)
 
     @property
     def amm_is_active(self) -> bool:
         return bool(self.amm) and not self.training
 
-    def _expand_bias(self) -> Tensor:
+    def _bias_tables(self) -> tuple[Tensor, ...]:
+        return (self.rel_pos_bias.relative_position_bias_table,) if hasattr(self, "rel_pos_bias") else ()
+
+    def _expand_bias(self, dtype: torch.dtype) -> Tensor | None:
         bias = self.rel_pos_bias()[None] if hasattr(self, "rel_pos_bias") else None  # (1, H, N, N)
-        if not self.amm_is_active:
-            return bias
-        logs = self.amm_log[None, None]
-        return logs if bias is None else torch.cat([bias, bias], dim=-1) + logs
+        if self.amm_is_active:
+            logs = self.amm_log[None, None]
+            bias = logs if bias is None else torch.cat([bias, bias], dim=-1) + logs
+        return None if bias is None else bias.to(dtype)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned; it is an argument so that a compiled block

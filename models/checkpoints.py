@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from models.amm import AMM
-from models.edt import config_from_state, is_edt_state
-from models.registry import CONFIGS, build_network, model_config, resolve_amm
+from models.registry import CONFIGS, FAMILIES, build_network, model_config, name_of, resolve_amm, same_size, size
 
 WEIGHT_KEYS = ("ema", "model")
+TRANSPORT_ARGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # flags of the published SiT scripts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Checkpoint:
     config: object  # the model's config dataclass
     codec: dict = field(default_factory=dict)  # name and scale of the latent codec; empty where the file does not say
     class_names: tuple[str, ...] = ()
+    objective: dict = field(default_factory=lambda: {"name": "gaussian"})  # or "transport", with the transport's settings
     step: int | None = None
 
 
@@ -79,11 +81,12 @@ def read_checkpoint(path: str | os.PathLike, which: str = "ema") -> Checkpoint:
         if not isinstance(stated.get("model_config"), dict):
             raise ValueError(f"{path} names the model {name} but states no model_config: it was not written by this code")
         config = model_config(name, **stated["model_config"])
-    elif is_edt_state(state):
-        config = config_from_state(state)
-        name = next((name for name, known in CONFIGS.items() if known.widths == config.widths), None)
     else:
-        raise ValueError(f"{path} holds weights of no model known here; the models are {', '.join(CONFIGS)}")
+        family = next((family for family in FAMILIES.values() if family.is_state(state)), None)
+        if family is None:
+            raise ValueError(f"{path} holds weights of no model known here; the models are {', '.join(CONFIGS)}")
+        config = family.config_from_state(state)
+        name = name_of(config)
     return Checkpoint(
         path=Path(path),
         state=state,
@@ -91,18 +94,33 @@ def read_checkpoint(path: str | os.PathLike, which: str = "ema") -> Checkpoint:
         config=config,
         codec=stated.get("codec", {}),
         class_names=tuple(stated.get("class_names", ())),
+        objective=_objective(stated, content.get("args"), config),
         step=content.get("step"),
     )
 
 
-def describe(name: str, config: object, *, codec: dict, class_names: tuple[str, ...]) -> dict:
-    """The ``config`` entry of our checkpoints: plain values that :func:`read_checkpoint` turns back into a model."""
+def _objective(stated: dict, args: object, config: object) -> dict:
+    """What the file's config entry says; else, for published files, what its family is trained for and its args say."""
+    objective = stated.get("objective")
+    if objective is not None:
+        return {"name": objective} if isinstance(objective, str) else objective
+    objective = {"name": FAMILIES[type(config)].objective}
+    if objective["name"] == "transport" and isinstance(args, argparse.Namespace):
+        objective |= {key: value for key, value in vars(args).items() if key in TRANSPORT_ARGS}
+    return objective
+
+
+def describe(name: str, config: object, *, codec: dict, class_names: tuple[str, ...], objective: dict | None = None) -> dict:
+    """The ``config`` entry of our checkpoints: plain values that :func:`read_checkpoint` turns back into a model.
+
+    objective: {"name": "gaussian"} (also for None), or {"name": "transport", ...} with the transport's settings.
+    """
     return {
         "model": name,
         "model_config": json.loads(json.dumps(dataclasses.asdict(config))),
         "codec": codec,
         "class_names": list(class_names),
-        "objective": "gaussian",
+        "objective": objective or {"name": "gaussian"},
     }
 
 
@@ -116,8 +134,9 @@ def build_model(
     """
     if name is not None:
         asked = model_config(name)
-        if name != checkpoint.model and asked.widths != checkpoint.config.widths:
-            held = checkpoint.model or f"a model of widths {checkpoint.config.widths}"
+        if name != checkpoint.model and not same_size(asked, checkpoint.config):
+            sizes = " and ".join(f"{field} {value}" for field, value in size(checkpoint.config).items())
+            held = checkpoint.model or f"a model of {sizes}"
             raise ValueError(f"{checkpoint.path} holds {held}, not {name}: leave the model's name out, or pass the right file")
     amm = resolve_amm(name or checkpoint.model or "this model", amm, cfg_scale, checkpoint.config.input_size)
     model = build_network(checkpoint.config, amm)
@@ -126,8 +145,16 @@ def build_model(
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """``load_state_dict``, strictly, with a ValueError that names the file and the first differences."""
-    expected = model.state_dict()
+    """``load_state_dict``, strictly, with a ValueError that names the file and the first differences, or the resolutions."""
+    _check_resolution(model, state, path)
+    problems = differences(model.state_dict(), state)
+    if problems:
+        raise ValueError(f"{path} does not fit the model: {summary(problems)}")
+    model.load_state_dict(state)
+
+
+def differences(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """How the keys and shapes of a state dict differ from those of a model's, a line each."""
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is not a weight of this model" for key in state if key not in expected]
     problems += [
@@ -135,10 +162,12 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.Path
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
-    if problems:
-        more = f", and {len(problems) - 3} more differences" if len(problems) > 3 else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(state)
+    return problems
+
+
+def summary(problems: list[str]) -> str:
+    more = f", and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
 
 
 def warm_start(model: nn.Module, checkpoint: Checkpoint) -> bool:
@@ -152,6 +181,17 @@ def warm_start(model: nn.Module, checkpoint: Checkpoint) -> bool:
         state[key] = fresh
     load_weights(model, state, checkpoint.path)
     return same_classes
+
+
+def _check_resolution(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    config, table = model.config, state.get("pos_embed")
+    if table is None or table.ndim != 3 or table.shape[1] == model.pos_embed.shape[1]:
+        return
+    held, wanted = math.isqrt(table.shape[1]) * config.patch_size, config.input_size
+    raise ValueError(
+        f"{path} holds the position tables of latents {held} wide (with a VAE of 8: {8 * held}-pixel images), the model's are "
+        f"{wanted} wide ({8 * wanted} pixels): {FAMILIES[type(config)].other_resolution}"
+    )
 
 
 def _weights(content: dict, path: str | os.PathLike, which: str) -> dict[str, Tensor]:

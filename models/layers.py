@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention
+from models.attention import BiasedAttention
 
 
 def sincos_table(width: int, grid: int) -> Tensor:
@@ -113,13 +113,13 @@ class Block(nn.Module):
     The modulation is in the order shift, scale, gate of the attention, then of the MLP.
     """
 
-    def __init__(self, width: int, cond_width: int, attention: Attention, mlp_ratio: float = 4.0):
+    def __init__(self, width: int, cond_width: int, attention: BiasedAttention, mlp_ratio: float = 4.0):
         super().__init__()
         self.attn = attention
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.adaLN_modulation = AdaLN(cond_width, width, 6)
 
-    def forward(self, x: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, bias: Tensor | tuple[Tensor, ...] | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(normalize(x), shift_a, scale_a), bias)
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(normalize(x), shift_m, scale_m))
@@ -152,6 +152,13 @@ def guide(out: Tensor, scale: float | Tensor, channels: int | None = 3) -> Tenso
     cond, uncond = out[:, :channels].chunk(2)
     guided = uncond + scale * (cond - uncond)
     return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
+
+
+def check_latents(x: Tensor, config) -> None:
+    """Raises ValueError unless x is (B, C, S, S) with the config's in_channels and input_size."""
+    expected = (config.in_channels, config.input_size, config.input_size)
+    if x.shape[1:] != expected:
+        raise ValueError(f"the model takes latents of shape {expected}, got {tuple(x.shape[1:])}")
 
 
 def compile_blocks(model: nn.Module) -> None:

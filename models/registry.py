@@ -1,12 +1,15 @@
 """Names of models -> networks."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from models import edt, sit
 from models.amm import AMM, default_amm, parse_amm
 from models.edt import EDT, EDT_CONFIGS, EDTConfig
+from models.sit import SIT_CONFIGS, SiT, SiTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,51 @@ PUBLISHED = {
     "EDT-XL/2": Published(
         params_millions=708.44, gmac=51.83, fid50k_400k=7.52, source="EDT paper, for depths other than the code's"
     ),
+    "SiT-S/2": Published(
+        params_millions=33.0, gmac=6.06, fid50k_400k=58.61, source="mediator paper; FID in the SiT paper: 57.6"
+    ),
+    "SiT-S/2 M=4": Published(gmac=5.49, fid50k_400k=57.67, source="mediator paper"),
+    "SiT-S/2 M=16": Published(gmac=5.55, fid50k_400k=54.55, source="mediator paper"),
+    "SiT-S/2 M=64": Published(gmac=5.78, fid50k_400k=53.57, source="mediator paper"),
+    "SiT-XL/2": Published(params_millions=675.0, gmac=118.64, source="DiT paper, whose network it is"),
 }
 
-NETWORKS = {EDTConfig: EDT}
-CONFIGS = {**EDT_CONFIGS}
+# Rows of the table of models that are no model of their own: label -> name, settings
+VARIANTS = {f"SiT-S/2 M={number}": ("SiT-S/2", {"mediator_num": number}) for number in (4, 16, 64)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What differs between the kinds of network, by the type of their configs."""
+
+    network: type[nn.Module]
+    is_state: Callable[[dict], bool]
+    config_from_state: Callable[[dict], object]
+    size_fields: tuple[str, ...]  # of the config: what makes a registered model another one than the next
+    objective: str  # what published checkpoints were trained for
+    other_resolution: str  # what to do about a checkpoint of another resolution
+
+
+FAMILIES = {
+    EDTConfig: Family(
+        network=EDT,
+        is_state=edt.is_edt_state,
+        config_from_state=edt.config_from_state,
+        size_fields=("widths",),
+        objective="gaussian",
+        other_resolution="an EDT stays at its resolution: train at the checkpoint's size, or from fresh weights",
+    ),
+    SiTConfig: Family(
+        network=SiT,
+        is_state=sit.is_sit_state,
+        config_from_state=sit.config_from_state,
+        size_fields=("depth", "width", "patch_size"),
+        objective="transport",
+        other_resolution="to raise a SiT's resolution use attention_mediator/train_256to512.py or train_512to1024.py "
+        "(--resume-ckpt-low-resolution)",
+    ),
+}
+CONFIGS = {**EDT_CONFIGS, **SIT_CONFIGS}
 
 
 def model_names() -> list[str]:
@@ -48,7 +92,21 @@ def model_config(name: str, **overrides):
 
 def build_network(config: object, amm: AMM | None = None) -> nn.Module:
     """The network of a config, with fresh weights."""
-    return NETWORKS[type(config)](config, amm)
+    return FAMILIES[type(config)].network(config, amm)
+
+
+def same_size(a: object, b: object) -> bool:
+    """Whether two configs are of one registered model, whatever their resolution, classes and other settings."""
+    return type(a) is type(b) and size(a) == size(b)
+
+
+def size(config: object) -> dict:
+    return {name: getattr(config, name) for name in FAMILIES[type(config)].size_fields}
+
+
+def name_of(config: object) -> str | None:
+    """The registered model of this size, or None."""
+    return next((name for name, known in CONFIGS.items() if same_size(known, config)), None)
 
 
 def resolve_amm(name: str, amm: AMM | str | bool | None, cfg_scale: float = 1.0, input_size: int = 32) -> AMM | None:
@@ -62,7 +120,8 @@ def create_model(name: str, *, amm: AMM | str | bool = False, **overrides) -> nn
     """Build a network with fresh weights.
 
     name: one of :func:`model_names`. amm: False, True (the placement published for this model), or for example "exp:7,10".
-    overrides: fields of the model's config, such as input_size, in_channels, num_classes, depths, widths, num_heads.
+    overrides: fields of the model's config, such as input_size, in_channels, num_classes; depths, widths, num_heads (EDT);
+    mediator_num, mediator_layers (SiT).
     """
     config = model_config(name, **overrides)
     return build_network(config, resolve_amm(name, amm, input_size=config.input_size))

@@ -94,6 +94,68 @@ def test_our_checkpoint(tmp_path, weights):
     assert same(built.state_dict(), model.state_dict())
 
 
+# SiT, and what a checkpoint was trained for
+
+SIT = {"width": 16, "num_heads": 2, "input_size": 16, "num_classes": 10, "depth": 3}
+
+
+def tiny_sit(**overrides):
+    return create_model("SiT-S/2", **{**SIT, **overrides})
+
+
+@pytest.mark.parametrize("mediator_layers", [2, None])
+def test_published_mediator_checkpoint(tmp_path, mediator_layers):
+    model = tiny_sit(mediator_num=4, mediator_layers=mediator_layers)
+    args = argparse.Namespace(model="SiT-S/2", mediator_num=4, path_type="GVP", prediction="noise", train_eps=None, epochs=80)
+    content = {"model": tiny_sit(mediator_num=4).state_dict(), "ema": model.state_dict(), "opt": {}, "args": args}
+    checkpoint = read_checkpoint(saved(content, tmp_path / "a.pt"))
+    assert (checkpoint.model, checkpoint.config) == (None, model.config)
+    assert checkpoint.objective == {"name": "transport", "path_type": "GVP", "prediction": "noise", "train_eps": None}
+    assert same(build_model(checkpoint).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name, settings", [("SiT-B/4", {}), ("SiT-S/2", {"mediator_num": 16}), ("SiT-XL/2", {})])
+def test_bare_sit_state(monkeypatch, tmp_path, name, settings):
+    """The registered name, also at another resolution; a plain one's heads come from the registered model."""
+    with torch.device("meta"):
+        model = create_model(name, **settings, input_size=64)
+    monkeypatch.setattr("models.checkpoints.read_file", lambda path: model.state_dict())
+    checkpoint = read_checkpoint(tmp_path / "a.pt")
+    assert (checkpoint.model, checkpoint.config) == (name, model.config)
+    assert checkpoint.objective == {"name": "transport"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"mediator_num": 4, "mediator_layers": 2, "keep_sigma": True}])
+def test_our_sit_checkpoint(tmp_path, settings):
+    """What the file states is used, also what keys and shapes do not tell: heads of plain attention, keep_sigma."""
+    model = tiny_sit(**settings)
+    objective = {"name": "transport", "path_type": "VP", "prediction": "score"}
+    config = describe("SiT-S/2", model.config, codec=CODEC, class_names=(), objective=objective)
+    checkpoint = read_checkpoint(saved({"ema": model.state_dict(), "config": config}, tmp_path / "a.pt"))
+    assert (checkpoint.model, checkpoint.config, checkpoint.objective) == ("SiT-S/2", model.config, objective)
+    assert same(build_model(checkpoint, name="SiT-S/2").state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="holds SiT-S/2, not SiT-B/2"):
+        build_model(checkpoint, name="SiT-B/2")
+    with pytest.raises(ValueError, match="holds SiT-S/2, not EDT-S/2"):
+        build_model(checkpoint, name="EDT-S/2")
+
+
+def test_wrong_name_of_an_unnamed_sit(tmp_path):
+    checkpoint = read_checkpoint(saved(tiny_sit(mediator_num=4).state_dict(), tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match="holds a model of depth 3 and width 16 and patch_size 2, not SiT-S/2"):
+        build_model(checkpoint, name="SiT-S/2")
+
+
+def test_objective_that_a_file_states_or_implies(tmp_path, weights):
+    config = describe("EDT-S/2", tiny().config, codec=CODEC, class_names=())
+    assert config["objective"] == {"name": "gaussian"}
+    old = {**config, "objective": "gaussian"}  # as files were written before transports
+    silent = {key: value for key, value in config.items() if key != "objective"}
+    files = [{"ema": weights[1], "config": stated} for stated in (config, old, silent)]
+    for i, content in enumerate([*files, weights[0], published(*weights)]):
+        assert read_checkpoint(saved(content, tmp_path / f"{i}.pt")).objective == {"name": "gaussian"}
+
+
 # Inference from keys and shapes
 
 
