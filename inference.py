@@ -14,12 +14,13 @@ from runtime import cli
 from runtime.distributed import start
 from sampling.generate import generate
 from sampling.grids import save_grid
-from sampling.options import Pipeline, add_sampling_arguments, build_pipeline
+from sampling.options import Pipeline, add_sampling_arguments, add_transport_arguments, build_pipeline
 
 
 def parse(argv: Sequence[str] | None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add_sampling_arguments(parser)
+    add_transport_arguments(parser)
     parser.add_argument("--classes", help="labels, as 207,360 (default: the first ten)")
     parser.add_argument("--per-class", type=cli.positive_int, default=4, help="pictures of each class")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16)
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance=pipeline.guidance,
         batch_size=args.batch_size,
         autocast_dtype=pipeline.autocast_dtype,
-        num_previews=min(args.trajectory or 0, args.num_sampling_steps),
+        num_previews=min(args.trajectory or 0, pipeline.sampler.num_steps),
     )
     for batch in tqdm(batches, total=-(-len(labels) // args.batch_size), unit="batch", desc="sampling"):
         images.append(batch.images)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         strips = torch.cat(previews)[:: args.per_class].numpy()  # the first picture of every class
         path = Path(args.out).with_stem(Path(args.out).stem + "-trajectory")
         save_grid(np.concatenate(strips), path, strips.shape[1], titles)
-        print(f"{path}: the prediction of the finished picture at {strips.shape[1]} of {args.num_sampling_steps} steps")
+        print(f"{path}: the prediction of the finished picture at {strips.shape[1]} of {pipeline.sampler.num_steps} steps")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def start_training(precision: str, log_with: Sequence[str] = (), project_dir: str | None = None) -> Accelerator:
-    """:func:`start`, with what training needs on top: mixed precision, DDP and trackers.
+def start_training(precision: str) -> Accelerator:
+    """:func:`start`, with what training needs on top: mixed precision and DDP.
 
     precision: see :func:`check_precision`.
     """
@@ -56,8 +56,6 @@ def start_training(precision: str, log_with: Sequence[str] = (), project_dir: st
     return Accelerator(
         cpu=not has_accelerator(),
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(log_with) or None,
-        project_dir=project_dir,
         # Buckets alias the gradients, so that these are held once; the networks' buffers are constants, alike everywhere.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )

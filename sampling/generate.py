@@ -7,15 +7,14 @@ size, any number of processes and any number of restarts.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import GaussianDiffusion
 from diffusion.guidance import ClassifierFreeGuidance
 from runtime.draws import Purpose, normals, uniforms
+from sampling.samplers import Sampler
 
 LabelOf = Callable[[int], int]
 LABEL_RULES = ("random", "balanced")
@@ -23,37 +22,17 @@ LABEL_RULES = ("random", "balanced")
 
 @dataclass
 class Batch:
-    """Finished images of one network batch. previews: decoded x_0 predictions of some steps, where asked for."""
+    """Finished images of one network batch.
+
+    previews: decoded x_0 predictions of some steps, where asked for. records: what the sampler tells about each sample beside
+    it, by name, each (B, ...) on the CPU.
+    """
 
     image_ids: list[int]
     labels: Tensor  # (B,) int64
     images: Tensor  # (B, H, W, 3) uint8, on the CPU
     previews: list[Tensor]  # each like images
-
-
-class Sampler(Protocol):
-    """Turns noise into latents with a network; yields its current prediction of x_0 on the way, and the sample at the end."""
-
-    def __call__(self, model: Callable[..., Tensor], noise: Tensor, y: Tensor, step_noise: Callable[[int], Tensor]): ...
-
-
-@dataclass(frozen=True)
-class GaussianSampler:
-    """Ancestral sampling, or DDIM with ``eta``."""
-
-    diffusion: GaussianDiffusion
-    ddim: bool = False
-    eta: float = 0.0
-
-    @property
-    def num_steps(self) -> int:
-        return self.diffusion.num_timesteps
-
-    def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
-        kwargs = {"model_kwargs": {"y": y}, "step_noise": step_noise}
-        if self.ddim:
-            return self.diffusion.ddim_sample_loop_progressive(model, noise, **kwargs, eta=self.eta)
-        return self.diffusion.p_sample_loop_progressive(model, noise, **kwargs)
+    records: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,8 @@ def generate(
                 if k in previewed:
                     previews.append(out["pred_xstart"])
         previews = [codec.decode(preview).cpu() for preview in previews]  # outside autocast, as the finished images
-        yield Batch(ids, y, codec.decode(out["sample"]).cpu(), previews)
+        records = {name: value.cpu() for name, value in out.items() if name not in ("sample", "pred_xstart")}
+        yield Batch(ids, y, codec.decode(out["sample"]).cpu(), previews, records)
 
 
 def label_source(spec: str, num_classes: int, seed: int, num_images: int) -> LabelOf:

@@ -1,5 +1,7 @@
 """The flags that the sampling scripts share, and what they build."""
 
+import os
+from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -7,16 +9,21 @@ from torch import nn
 
 from data.codec import Codec, load_codec
 from diffusion import create_diffusion
+from diffusion.transport import ODE, SDE, Transport, create_transport
+from diffusion.transport.paths import DIFFUSION_FORMS, PATHS, PUBLISHED_SPELLINGS
+from diffusion.transport.transport import PREDICTIONS
 from models import model_names
-from models.amm import AMM
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.layers import compile_blocks
 from models.registry import resolve_amm
-from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positive_int, seed
+from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positive_float, positive_int, seed
 from runtime.distributed import autocast_dtype, check_precision
-from sampling.generate import GaussianSampler, Guidance
+from runtime.files import file_sha256
+from sampling.generate import Guidance
+from sampling.samplers import GaussianSampler, Sampler, TransportSampler
 
 DEFAULT_CODEC = "sd-vae-ft-ema"  # of published checkpoints, which do not say
+LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
 
 class AMMFlag(BooleanFlag):
@@ -29,34 +36,73 @@ class AMMFlag(BooleanFlag):
             super().__call__(parser, namespace, value, option_string)
 
 
-def add_sampling_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--ckpt", required=True, help="checkpoint of training, or a published one")
+def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None:
+    """ckpt False: the script has its own flags for several checkpoints."""
+    if ckpt:
+        parser.add_argument("--ckpt", required=True, help="checkpoint of training, or a published one")
+        parser.add_argument("--amm", action=AMMFlag, help="attention modulation: True = the model's placement, or exp:7,10")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of the checkpoint")
     parser.add_argument("--model", choices=model_names(), help="default: what the checkpoint holds; another one is an error")
-    parser.add_argument("--amm", action=AMMFlag, help="attention modulation: True = the model's placement, or exp:7,10")
     parser.add_argument("--vae", help="decoder: a folder, hub id, sd-vae-ft-ema, -mse or pixels (default: the checkpoint's)")
     parser.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="classifier-free guidance; 1 = none")
     parser.add_argument(
         "--cfg-channels", choices=("3", "all"), default="3", help="latent channels that are guided; 3 as published"
     )
-    parser.add_argument("--num-sampling-steps", type=positive_int, default=250)
-    parser.add_argument("--ddim", action=BooleanFlag, help="DDIM instead of ancestral sampling")
+    parser.add_argument(
+        "--num-sampling-steps", type=positive_int, default=250, help="of a transport: points in time, the last step not counted"
+    )
+    parser.add_argument("--ddim", action=BooleanFlag, help="Gaussian diffusion: DDIM instead of ancestral sampling")
     parser.add_argument("--seed", "--global-seed", type=seed, default=0)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
     parser.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
 
 
+def add_transport_arguments(parser: ArgumentParser, *, positional_mode: bool = False) -> None:
+    """For checkpoints trained as transports (SiT). positional_mode: as in the mediator system's scripts, ``script.py SDE``."""
+    group = parser.add_argument_group("transport")
+    if positional_mode:
+        group.add_argument("mode", choices=("ODE", "SDE"))
+    else:
+        group.add_argument("--mode", choices=("ODE", "SDE"), default="SDE")
+    group.add_argument(
+        "--sampling-method",
+        help="SDE: Euler or Heun; ODE: euler, heun, ab2, ab3, ab4, dopri5 or another of torchdiffeq's (default: Euler, dopri5)",
+    )
+    group.add_argument(
+        "--diffusion-form",
+        choices=(*DIFFUSION_FORMS, *PUBLISHED_SPELLINGS),
+        default="sigma",
+        help="SDE: the noise level's shape",
+    )
+    group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="SDE: and its height")
+    group.add_argument("--last-step", choices=LAST_STEPS, default="Mean", help="SDE: how the remaining noise is removed")
+    group.add_argument("--last-step-size", type=positive_float, default=0.04, help="SDE: of the time, which ends at 1")
+    group.add_argument("--atol", type=positive_float, default=1e-6, help="ODE: absolute tolerance of adaptive methods")
+    group.add_argument("--rtol", type=positive_float, default=1e-3, help="ODE: relative tolerance of adaptive methods")
+    group.add_argument(
+        "--per-sample-solver", action=BooleanFlag, help="ODE: solve each sample by itself: slower, the same for any batch size"
+    )
+    group.add_argument("--path-type", choices=tuple(PATHS), help="default: the checkpoint's, else Linear")
+    group.add_argument("--prediction", choices=PREDICTIONS, help="default: the checkpoint's, else velocity")
+    group.add_argument(
+        "--sample-eps", type=non_negative_float, help="times kept away from the ends (default: the checkpoint's)"
+    )
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """A checkpoint ready to sample: what :func:`sampling.generate.generate` takes."""
+    """A checkpoint ready to sample: what :func:`sampling.generate.generate` takes.
+
+    settings: what its images depend on, besides their seed and labels.
+    """
 
     checkpoint: Checkpoint
     model: nn.Module
-    sampler: GaussianSampler
+    sampler: Sampler
     codec: Codec
     guidance: Guidance
-    amm: AMM | None
     autocast_dtype: torch.dtype | None
+    settings: dict
 
     @property
     def num_classes(self) -> int:
@@ -67,23 +113,86 @@ class Pipeline:
         return self.checkpoint.config.input_size * self.codec.downsample
 
 
-def build_pipeline(args, device: torch.device) -> Pipeline:
+def build_pipeline(args: Namespace, device: torch.device) -> Pipeline:
     """From the flags of :func:`add_sampling_arguments`. Raises ValueError for a checkpoint, codec or flag that does not fit."""
     check_precision(args.precision, device)
     checkpoint = read_checkpoint(args.ckpt, args.weights)
     amm = resolve_amm(args.model or checkpoint.model, args.amm, args.cfg_scale, checkpoint.config.input_size)
     model = build_model(checkpoint, name=args.model, amm=amm).to(device)
-    codec = load_codec(args.vae or checkpoint.codec.get("name", DEFAULT_CODEC), device)
+    if args.compile:
+        compile_blocks(model)
+    pipeline = assemble(args, checkpoint, model, build_sampler(args, checkpoint), device)
+    pipeline.settings.update(checkpoint_sha256=file_sha256(args.ckpt), amm=str(amm or "off"))
+    return pipeline
+
+
+def assemble(args: Namespace, checkpoint: Checkpoint, model: nn.Module, sampler: Sampler, device: torch.device) -> Pipeline:
+    """checkpoint: says which codec decodes. model: on the device, in eval mode."""
+    codec = find_codec(args.vae, checkpoint, device)
+    guidance = Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None)
+    settings = {
+        "weights": args.weights,
+        "codec": codec.name,
+        "cfg_scale": args.cfg_scale,
+        "cfg_channels": args.cfg_channels,
+        **sampler.settings,
+        "precision": args.precision,
+    }
+    return Pipeline(checkpoint, model, sampler, codec, guidance, autocast_dtype(args.precision), settings)
+
+
+def find_codec(name: str | None, checkpoint: Checkpoint, device: torch.device) -> Codec:
+    """name: None for the checkpoint's own. Raises ValueError for one that does not fit the checkpoint's latents."""
+    codec = load_codec(name or checkpoint.codec.get("name", DEFAULT_CODEC), device)
     if codec.latent_channels != checkpoint.config.in_channels:
         raise ValueError(
-            f"{args.ckpt} makes latents of {checkpoint.config.in_channels} channels, codec {codec.name} decodes "
+            f"{checkpoint.path} makes latents of {checkpoint.config.in_channels} channels, codec {codec.name} decodes "
             f"{codec.latent_channels}: pass the right one with --vae"
         )
     scale = checkpoint.codec.get("scale", codec.scale)
     if scale != codec.scale:
-        raise ValueError(f"{args.ckpt} was trained on latents times {scale}, codec {codec.name} scales by {codec.scale}")
-    if args.compile:
-        compile_blocks(model)
-    sampler = GaussianSampler(create_diffusion(str(args.num_sampling_steps)), ddim=args.ddim)
-    guidance = Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None)
-    return Pipeline(checkpoint, model, sampler, codec, guidance, amm, autocast_dtype(args.precision))
+        raise ValueError(f"{checkpoint.path} was trained on latents times {scale}, codec {codec.name} scales by {codec.scale}")
+    return codec
+
+
+def check_held(flag: str, asked: int | None, held: int | None, path: str | os.PathLike) -> None:
+    """Raises ValueError where a checkpoint holds something else than the user believes; None believes nothing."""
+    if asked is not None and asked != held:
+        raise ValueError(f"{flag} {asked}: {path} has {held or 'none'}; leave the flag out, or pass the right checkpoint")
+
+
+def build_sampler(args: Namespace, checkpoint: Checkpoint, *, ode_method: str = "dopri5") -> GaussianSampler | TransportSampler:
+    """The sampler for what the checkpoint was trained to predict. ode_method: in place of the flag's default."""
+    if checkpoint.objective["name"] == "gaussian":
+        return GaussianSampler(create_diffusion(str(args.num_sampling_steps)), ddim=args.ddim)
+    if args.ddim:
+        raise ValueError(f"--ddim is for Gaussian diffusion, {checkpoint.path} is a transport: use --mode ODE")
+    transport, method = _transport(args, checkpoint), args.sampling_method or {"ODE": ode_method, "SDE": "Euler"}[args.mode]
+    common = {"sampling_method": method, "num_steps": args.num_sampling_steps}
+    if args.mode == "ODE":
+        ode = ODE(transport, **common, atol=args.atol, rtol=args.rtol, per_sample=args.per_sample_solver)
+        return TransportSampler(ode, likelihood=getattr(args, "likelihood", False))
+    sde = SDE(
+        transport,
+        **common,
+        diffusion_form=args.diffusion_form,
+        diffusion_norm=args.diffusion_norm,
+        last_step=args.last_step,
+        last_step_size=args.last_step_size,
+    )
+    return TransportSampler(sde)
+
+
+def _transport(args: Namespace, checkpoint: Checkpoint) -> Transport:
+    """What the checkpoint states; where it states nothing (a published one), the flags, else the published defaults."""
+    stated = {key: value for key, value in checkpoint.objective.items() if key != "name"}
+    for flag in ("path_type", "prediction"):
+        asked = getattr(args, flag)
+        if asked and asked != stated.get(flag, asked):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {asked}: {checkpoint.path} was trained with {stated[flag]}; leave the flag out"
+            )
+        stated[flag] = asked or stated.get(flag) or {"path_type": "Linear", "prediction": "velocity"}[flag]
+    if args.sample_eps is not None:
+        stated["sample_eps"] = args.sample_eps
+    return create_transport(**stated)

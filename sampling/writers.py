@@ -3,6 +3,8 @@ processes."""
 
 import contextlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +12,47 @@ from PIL import Image
 
 from data.npz import write_npz
 from runtime.files import SharedRows, atomic_file, write_json
+from sampling.generate import Batch
 
 SETTINGS = "settings.json"
 
 
+@dataclass(frozen=True)
+class Table:
+    """A ``.csv`` beside the images, one line an image. rows: the batch's values, (B, len(columns))."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: Callable[[Batch], np.ndarray]
+
+
 class SampleFolder:
     """``<folder>/png/<i>.png`` and, when all are there, ``<folder>/samples_NxHxWx3.npz`` with arr_0 (images) and arr_1
-    (labels).
+    (labels), and ``<folder>/<table.name>``.
 
     Until then the images lie in ``<folder>/.samples.npy``, row by row, so that none is held in memory and none is made twice.
     settings: what the samples depend on; a folder with samples of other settings is refused.
     """
 
-    def __init__(self, folder: Path, num_images: int, image_size: int, settings: dict, *, png: bool = True):
-        self.folder, self.num_images, self.image_size, self.settings, self.png = folder, num_images, image_size, settings, png
+    def __init__(
+        self,
+        folder: Path,
+        num_images: int,
+        image_size: int,
+        settings: dict,
+        *,
+        png: bool = True,
+        table: Table | None = None,
+    ):
+        self.folder, self.num_images, self.image_size, self.png, self.table = folder, num_images, image_size, png, table
+        self.settings = json.loads(json.dumps(settings))  # as they will be read back: tuples are lists
         self.npz_path = folder / f"samples_{num_images}x{image_size}x{image_size}x3.npz"
-        self._rows = SharedRows(folder / ".samples.npy", (num_images, image_size, image_size, 3), np.uint8)
+        self._images = SharedRows(folder / ".samples.npy", (num_images, image_size, image_size, 3), np.uint8)
+        # The images come last: what marks one as made is written after all else about it.
+        self._files = [self._images]
+        if table:
+            self._values = SharedRows(folder / ".table.npy", (num_images, len(table.columns)), np.float64)
+            self._files.insert(0, self._values)
 
     def prepare(self) -> None:
         """Make the folder, or recognise it as one to continue. Called by one process before the others go on.
@@ -44,7 +71,8 @@ class SampleFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.settings, path)
         if not self.npz_path.exists():
-            self._rows.create()
+            for file in self._files:
+                file.create()
         if self.png:
             (self.folder / "png").mkdir(exist_ok=True)
 
@@ -52,34 +80,51 @@ class SampleFolder:
         """The images that are still to be made."""
         if self.npz_path.exists():
             return []
-        missing = self._rows.progress() != SharedRows.WRITTEN
+        missing = self._images.progress() != SharedRows.WRITTEN
         if self.png:
             missing |= ~np.isin(np.arange(self.num_images), [int(path.stem) for path in (self.folder / "png").glob("*.png")])
         return np.flatnonzero(missing).tolist()
 
     def complete(self) -> bool:
         """Whether every image has been written, by whatever process."""
-        return self.npz_path.exists() or bool((self._rows.progress() == SharedRows.WRITTEN).all())
+        return self.npz_path.exists() or bool((self._images.progress() == SharedRows.WRITTEN).all())
 
     def __enter__(self) -> "SampleFolder":
         self._stack = contextlib.ExitStack()
         if not self.npz_path.exists():
-            self._stack.enter_context(self._rows)
+            for file in self._files:
+                self._stack.enter_context(file)
         return self
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
-    def write(self, image_id: int, image: np.ndarray) -> None:
-        """image (H, W, 3) uint8."""
-        if self.png:
-            with atomic_file(self.folder / "png" / f"{image_id:06d}.png", durable=False) as file:
-                Image.fromarray(image).save(file, format="PNG")
-        self._rows.write(image_id, image)
+    def write(self, batch: Batch) -> None:
+        rows = self.table.rows(batch) if self.table else None
+        for k, (image_id, image) in enumerate(zip(batch.image_ids, batch.images.numpy(), strict=True)):
+            if self.png:
+                with atomic_file(self.folder / "png" / f"{image_id:06d}.png", durable=False) as file:
+                    Image.fromarray(image).save(file, format="PNG")
+            if rows is not None:
+                self._values.write(image_id, rows[k])
+            self._images.write(image_id, image)
 
     def finish(self, labels: np.ndarray) -> Path:
         """Pack the ``.npz``. Called by one process when nothing is missing any more. labels: (N,)."""
         if not self.npz_path.exists():
-            write_npz(self.npz_path, {"arr_0": self._rows.array(), "arr_1": labels})
-        self._rows.remove()
+            if self.table:
+                self._write_table(labels)
+            write_npz(self.npz_path, {"arr_0": self._images.array(), "arr_1": labels})
+        for file in self._files:
+            file.remove()
         return self.npz_path
+
+    def _write_table(self, labels: np.ndarray) -> None:
+        with atomic_file(self.folder / self.table.name) as file:
+            file.write((",".join(["image", "label", *self.table.columns]) + "\n").encode())
+            for i, (label, values) in enumerate(zip(labels, self._values.array(), strict=True)):
+                file.write((",".join([str(i), str(label), *(f"{value:.10g}" for value in values)]) + "\n").encode())
+
+    def read_table(self) -> np.ndarray:
+        """The finished table without image number and label, (N, len(columns))."""
+        return np.loadtxt(self.folder / self.table.name, delimiter=",", skiprows=1, ndmin=2)[:, 2:]

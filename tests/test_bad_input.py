@@ -130,7 +130,7 @@ def test_unknown_and_malformed_flags(monkeypatch, capsys, latent_store):
         ([*base, "--max-steps", "0"], "--max-steps: 0 must be at least 1"),
         ([*base, "--masked", "maybe"], "--masked takes True or False, got 'maybe'"),
         ([*base, "--resume", "auto", "--init-from", "x"], "use one of them"),
-        ([], "the following arguments are required: --feature-path"),
+        ([], "one of the arguments --feature-path --data-path --dummy/--no-dummy is required"),
     ):
         assert words in fails(monkeypatch, capsys, train_mask_adan.main, argv, code=2)
 

@@ -14,9 +14,10 @@ from data.codec import load_codec
 from diffusion import create_diffusion
 from models import create_model
 from models.checkpoints import describe
-from sampling.generate import GaussianSampler, Guidance, generate, label_source
+from runtime.files import SharedRows
+from sampling.generate import Guidance, generate, label_source
 from sampling.grids import draw_grid
-from sampling.writers import SampleFolder
+from sampling.samplers import GaussianSampler
 from tests.launch import run_script
 
 NAME = "samples_7x16x16x3.npz"
@@ -106,7 +107,7 @@ def test_process_count_does_not_change_an_image(checkpoint, samples, tmp_path):
 
 
 def test_restart_makes_only_what_is_missing(checkpoint, samples, tmp_path, monkeypatch):
-    written, write = [], SampleFolder.write
+    written, write = [], SharedRows.write
 
     def record(self, image_id, image):
         if len(written) == 4:
@@ -114,10 +115,10 @@ def test_restart_makes_only_what_is_missing(checkpoint, samples, tmp_path, monke
         written.append(image_id)
         write(self, image_id, image)
 
-    monkeypatch.setattr(SampleFolder, "write", record)
+    monkeypatch.setattr(SharedRows, "write", record)
     with pytest.raises(KeyboardInterrupt):
         sample(checkpoint, tmp_path)
-    monkeypatch.setattr(SampleFolder, "write", lambda self, i, image: (written.append(i), write(self, i, image)))
+    monkeypatch.setattr(SharedRows, "write", lambda self, i, image: (written.append(i), write(self, i, image)))
     images = sample(checkpoint, tmp_path)
     assert written == [0, 1, 2, 3, 4, 5, 6]
     assert grey_levels(images, np.load(samples / NAME)["arr_0"]) <= 1

@@ -55,7 +55,7 @@ def test_golden_ode(golden, path, prediction, method):
         assert_close(sample(golden["x_noise"], network)[-1], golden[key], rtol=1e-4, atol=1e-4)
     else:  # the published solver fails: it tries times beyond t = 1, where sigma is no number
         assert (path, prediction, method) == ("VP", "noise", "dopri5")
-        fine = Sampler(create_transport(path, prediction)).sample_ode(sampling_method="ab4", num_steps=1000)
+        fine = Sampler(create_transport(path, prediction)).sample_ode(sampling_method="ab4", num_steps=500)
         expected = fine(golden["x_noise"], network)[-1]
         assert_close(sample(golden["x_noise"], network)[-1], expected, rtol=2e-3, atol=2e-3)
 
@@ -80,7 +80,7 @@ def test_golden_sde(golden, path, prediction, method, last_step):
 
 
 @pytest.mark.parametrize("path, prediction", EVERY_PREDICTION)
-@pytest.mark.parametrize("method, num_steps, rtol", [("ab4", 400, 2e-3), ("heun", 400, 2e-3), ("dopri5", 2, 3e-4)])
+@pytest.mark.parametrize("method, num_steps, rtol", [("heun", 300, 2e-3), ("dopri5", 2, 3e-4)])
 def test_ode_is_the_transport_map_of_a_gaussian(noise, path, prediction, method, num_steps, rtol):
     """x keeps its standard score: the flow of Gaussians is affine."""
     transport = create_transport(path, prediction)
@@ -96,11 +96,11 @@ def test_ode_is_the_transport_map_of_a_gaussian(noise, path, prediction, method,
 
 
 @pytest.mark.parametrize("path, prediction", EVERY_PREDICTION)
-@pytest.mark.parametrize("method", ["heun", "ab4", "dopri5"])
+@pytest.mark.parametrize("method", ["ab4", "dopri5"])
 def test_reverse_undoes_forward(noise, path, prediction, method):
     transport = create_transport(path, prediction)
     sampler, model = Sampler(transport), exact_network(transport, MEAN, STD)
-    options = {"sampling_method": method, "num_steps": 400, "rtol": 1e-6}
+    options = {"sampling_method": method, "num_steps": 300, "rtol": 1e-6}
     data = sampler.sample_ode(**options)(noise, model)[-1]
     assert (data - noise).abs().max() > 0.5
     assert_close(sampler.sample_ode(**options, reverse=True)(data, model)[-1], noise, rtol=5e-3, atol=5e-3)
@@ -324,8 +324,10 @@ def test_kept_states(noise):
 # Likelihood
 
 
-@pytest.mark.parametrize("path, prediction", EVERY_PREDICTION)
-@pytest.mark.parametrize("method, num_steps", [("dopri5", 2), ("heun", 300)])
+@pytest.mark.parametrize(
+    "path, prediction, method, num_steps",
+    [(*both, "dopri5", 2) for both in EVERY_PREDICTION] + [(path, "velocity", "heun", 300) for path in PATHS],
+)
 def test_likelihood_of_a_gaussian(path, prediction, method, num_steps):
     """The flow is affine from x at t1 to z at t0, and any Rademacher probe is exact for its diagonal Jacobian."""
     transport = create_transport(path, prediction)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.sources import Source
 from runtime.ahead import read_ahead
 from runtime.draws import Purpose, generator, normals, uniforms
 
@@ -32,7 +33,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+            if device.type != "cuda" or tensor.device.type != "cpu":  # an image source's latents are on the device already
+                return tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
 
         return Batch(move(self.x0), move(self.y), move(self.noise), [move(mask) for mask in self.keep_masks])
 
@@ -66,7 +69,7 @@ class DataOrder:
 
 
 class Batches:
-    """Makes this process's :class:`Batch` of any step from a latent store.
+    """Makes this process's :class:`Batch` of any step from a latent store, or another source of latents.
 
     share: the positions in the global batch that are this process's. label_dropout: the probability of a null label.
     mask_places: None for one unmasked pass; else a second, masked pass is drawn for these places.
@@ -74,7 +77,7 @@ class Batches:
 
     def __init__(
         self,
-        store,
+        source: Source,
         order: DataOrder,
         share: Sequence[int],
         *,
@@ -82,19 +85,19 @@ class Batches:
         label_dropout: float = 0.1,
         mask_places: Sequence[MaskPlace] | None = None,
     ):
-        self.store, self.order, self.share = store, order, share
+        self.source, self.order, self.share = source, order, share
         self.null_label, self.label_dropout, self.mask_places = null_label, label_dropout, mask_places
         self.passes = [(Purpose.NOISE, Purpose.LABEL_DROP)]
         if mask_places is not None:
             self.passes.append((Purpose.NOISE_MASKED, Purpose.LABEL_DROP_MASKED))
 
     def __call__(self, step: int) -> Batch:
-        seed, share, shape = self.order.seed, self.share, self.store.latent_shape
+        source, seed, share, shape = self.source, self.order.seed, self.share, self.source.latent_shape
         indices = self.order.indices(step)[share.start : share.stop]
-        flip = uniforms(seed, Purpose.FLIP, share, step).numpy() < 0.5 if self.store.has_flip else None
-        posterior = normals(seed, Purpose.LATENT, share, step, shape) if self.store.needs_noise else None
-        x0 = self.store.rows(indices, flip, posterior)
-        labels = torch.from_numpy(self.store.labels[indices])
+        flip = uniforms(seed, Purpose.FLIP, share, step).numpy() < 0.5 if source.has_flip else None
+        posterior = normals(seed, Purpose.LATENT, share, step, shape) if source.needs_noise else None
+        x0 = source.rows(indices, flip, posterior)
+        labels = torch.from_numpy(source.labels[indices])
         noise = torch.stack([normals(seed, purpose, share, step, shape) for purpose, _ in self.passes])
         dropped = torch.stack([uniforms(seed, purpose, share, step) for _, purpose in self.passes]) < self.label_dropout
         return Batch(x0, torch.where(dropped, self.null_label, labels), noise, self._keep_masks(step))

@@ -1,16 +1,37 @@
-"""What a run reports: a line on the console, ``metrics.jsonl``, TensorBoard, and ``loss.png`` redrawn as it goes."""
+"""What a run reports: a line on the console, ``metrics.jsonl``, TensorBoard, W&B, and ``loss.png`` redrawn as it goes."""
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
+from runtime.cli import first_line
 from runtime.files import append_line, atomic_file
 
 METRICS = "metrics.jsonl"
 SMOOTHED_POINTS = 50  # of the moving average drawn over the raw curve
+
+
+def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace) -> None:
+    """TensorBoard always, Weights & Biases with ``--wandb``. Raises ValueError where W&B refuses."""
+    accelerator.trackers = [TensorBoardTracker("tensorboard", folder)]
+    if args.wandb:
+        project = args.wandb_project or "efficient-diffusion-transformers"
+        name = args.wandb_name or folder.name
+        accelerator.trackers.append(
+            WandBTracker(project, entity=args.wandb_entity, name=name, dir=str(folder), config=vars(args))
+        )
+    for tracker in accelerator.trackers:
+        try:
+            tracker.start()
+        except Exception as error:  # wandb raises errors of its own kinds, for a wrong key or an absent network
+            raise ValueError(
+                f"--{tracker.name} could not be started: {first_line(error)}; set WANDB_MODE=offline, or leave --wandb out"
+            ) from error
 
 
 class RunLog:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion import GaussianDiffusion
 from training.checkpoint import checkpoint_files, save_checkpoint, set_newer_aside
 from training.data import Batches
 from training.logging import RunLog
@@ -96,10 +97,10 @@ class Run:
         """The parts of the loss per sample since the last log line, over all processes."""
         sums = self._global_sums()
         samples = self.summed_steps * self.train_step.global_batch_size
-        masked = len(self.batches.passes) == 2
-        return {
-            name: total / samples for name, total in zip(PARTS, sums.tolist(), strict=True) if masked or name != "loss_masked"
-        }
+        absent = set() if len(self.batches.passes) == 2 else {"loss_masked"}
+        if not isinstance(self.train_step.diffusion, GaussianDiffusion):
+            absent |= {"mse", "vb"}
+        return {name: total / samples for name, total in zip(PARTS, sums.tolist(), strict=True) if name not in absent}
 
     def _global_sums(self) -> Tensor:
         sums = self.accelerator.reduce(self.sums, reduction="sum")

@@ -1,6 +1,10 @@
 """The flags that all training scripts share."""
 
-from diffusion.timesteps import SAMPLERS
+import os
+import sys
+from argparse import Namespace
+
+from models import model_names
 from runtime.cli import (
     ArgumentParser,
     BooleanFlag,
@@ -12,13 +16,22 @@ from runtime.cli import (
     probability,
     seed,
 )
+from training.objective import add_objective_arguments
 from training.optim import OPTIMIZERS
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=model_names(), default="EDT-S/2")
+    model.add_argument(
+        "--mediator-num", type=positive_int, help="SiT only: attention through so many mediator tokens, a square"
+    )
+    model.add_argument("--mediator-layers", type=positive_int, help="how many of the first blocks have them (default: all)")
+    _add_data_arguments(parser)
+
     run = parser.add_argument_group("the run")
     run.add_argument("--results-dir", default="results", help="each run makes a folder <index>-<model> in it")
-    run.add_argument("--seed", type=seed, default=0, help="of weights, data order, timesteps, noise and masks")
+    run.add_argument("--seed", "--global-seed", type=seed, default=0, help="of weights, data order, timesteps, noise and masks")
     run.add_argument(
         "--resume", metavar="auto|PATH", help="continue: auto = the last run of this model in --results-dir, if any"
     )
@@ -39,23 +52,58 @@ def add_training_arguments(parser: ArgumentParser) -> None:
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="adan", help="adan is timm's")
-    recipe.add_argument(
-        "--init-lr", type=positive_float, help="learning rate at step 0 (default: 5e-4 for EDT-XL/2, else 1e-3)"
-    )
+    recipe.add_argument("--init-lr", "--lr", type=positive_float, help="learning rate at step 0")
     recipe.add_argument("--final-lr", type=non_negative_float, default=5e-5, help="learning rate at --lr-decay-steps and after")
     recipe.add_argument("--lr-decay-steps", type=non_negative_int, default=400_000, help="0 = constant learning rate")
     recipe.add_argument("--weight-decay", type=non_negative_float, default=0.0)
     recipe.add_argument("--ema-decay", type=number(float, 0.0, 0.999999), default=0.9999)
     recipe.add_argument("--label-dropout", type=probability, default=0.1, help="probability of training without the label")
-    recipe.add_argument("--timestep-sampler", choices=tuple(SAMPLERS), default="loss-second-moment")
-    recipe.add_argument(
-        "--min-snr-gamma", type=non_negative_float, default=5.0, help="weigh the error by min(SNR, gamma)/SNR; 0 = no weight"
+    recipe.add_argument("--masked", action=BooleanFlag, help="also predict from masked tokens in every step (EDT)")
+    add_objective_arguments(parser)
+    _add_report_arguments(parser)
+
+
+def _add_data_arguments(parser: ArgumentParser) -> None:
+    data = parser.add_argument_group("data: one of the first three")
+    source = data.add_mutually_exclusive_group(required=True)
+    source.add_argument("--feature-path", help="latent store of extract_features.py, or the published layout")
+    source.add_argument(
+        "--data-path", help="image folder with one sub-folder per class; encoded on the fly, mirrored at random"
+    )
+    source.add_argument("--dummy", action=BooleanFlag, help="random latents, to measure speed")
+    data.add_argument("--image-size", type=positive_int, help="pixels (default: a store's own, else 256); a store's is checked")
+    data.add_argument("--num-classes", type=positive_int, help="default: what the data say; 1000 for --dummy")
+    data.add_argument("--num-workers", type=non_negative_int, default=4, help="threads that read images for --data-path")
+    data.add_argument(
+        "--vae",
+        help="of --data-path and of --sample-every: a folder, hub id, sd-vae-ft-ema, -mse or pixels "
+        "(default: what a store names, else sd-vae-ft-ema)",
     )
 
+
+def _add_report_arguments(parser: ArgumentParser) -> None:
     reports = parser.add_argument_group("reports")
     reports.add_argument("--log-every", type=positive_int, default=100, metavar="STEPS")
     reports.add_argument("--ckpt-every", type=positive_int, default=10_000, metavar="STEPS", help="the last step is saved too")
+    reports.add_argument("--epoch-ckpt-every", type=positive_float, metavar="EPOCHS", help="in place of --ckpt-every")
     reports.add_argument("--keep-checkpoints", type=non_negative_int, default=3, help="the newest so many; 0 = all")
     reports.add_argument("--sample-every", type=non_negative_int, default=0, metavar="STEPS", help="a grid PNG; 0 = never")
-    reports.add_argument("--sample-steps", type=positive_int, default=50, help="DDIM steps of that grid")
-    reports.add_argument("--vae", help="decoder for --sample-every: a folder or hub id (default: what the store names)")
+    reports.add_argument("--sample-steps", type=positive_int, default=50, help="DDIM or Heun steps of that grid")
+    reports.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="guidance of that grid; 1 = none")
+    reports.add_argument("--wandb", action=BooleanFlag, help="log to Weights & Biases too; WANDB_MODE=offline keeps it local")
+    reports.add_argument("--wandb-project", help="default: efficient-diffusion-transformers")
+    reports.add_argument("--wandb-entity", help="user or team (default: the key's)")
+    reports.add_argument("--wandb-name", help="of the run (default: the results folder's)")
+    reports.add_argument("--wandb-key", help="better: the variable WANDB_API_KEY, or wandb login; never stored or logged")
+
+
+def parse_training_arguments(parser: ArgumentParser, argv) -> Namespace:
+    """Parse, and refuse what does not go together. The W&B key goes into this process's environment and nowhere else."""
+    args = parser.parse_args(argv)
+    if args.resume and args.init_from:
+        parser.error("--resume continues a run, --init-from starts a new one: use one of them")
+    if args.wandb_key:
+        os.environ["WANDB_API_KEY"] = args.wandb_key
+        sys.argv = [arg.replace(args.wandb_key, "***") for arg in sys.argv]  # W&B records the command line
+    del args.wandb_key
+    return args

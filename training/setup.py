@@ -1,40 +1,152 @@
 """From the flags of :mod:`training.options` to a :class:`training.loop.Run`, new, warm-started or resumed."""
 
+import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from data.codec import load_codec
+from data.sources import DummySource, ImageSource, Source
 from data.store import LatentStore
-from diffusion import GaussianDiffusion
-from diffusion.timesteps import SAMPLERS
+from models import create_model
 from models.checkpoints import Checkpoint, describe, load_weights, read_checkpoint, warm_start
 from models.layers import compile_blocks
-from runtime.distributed import check_precision, my_share, start_training
+from models.resolution import change_resolution
+from runtime.distributed import check_precision, my_share, note, start_training
 from training.checkpoint import new_run_folder, read_resume
-from training.data import Batches, DataOrder, MaskPlace
+from training.data import Batches, DataOrder
 from training.ema import EMA
+from training.logging import open_trackers
 from training.loop import Run, Schedule
+from training.objective import Objective, create_objective
 from training.optim import create_optimizer
 from training.step import TrainingStep
 
-
-def open_store(args: Namespace) -> tuple[LatentStore, int]:
-    """The latents and the number of classes, checked against each other."""
-    store = LatentStore.open(args.feature_path)
-    num_classes = args.num_classes or store.num_classes
-    if store.labels.max() >= num_classes:
-        raise ValueError(f"{args.feature_path} holds label {store.labels.max()}, but --num-classes is {num_classes}")
-    return store, num_classes
-
+DEFAULT_CODEC, DEFAULT_IMAGE_SIZE = "sd-vae-ft-ema", 256
+DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
 
 # What the result of a run depends on: these cannot change when it is resumed.
 FIXED_FLAGS = (
     "seed", "global_batch_size", "num_classes", "masked", "optimizer", "weight_decay", "ema_decay", "label_dropout",
-    "timestep_sampler", "min_snr_gamma", "precision",
+    "precision", "mediator_num", "mediator_layers", "objective", "timestep_sampler", "min_snr_gamma", "path_type", "prediction",
+    "loss_weight", "train_eps",
 )  # fmt: skip
+
+
+def prepare_run(args: Namespace, state: PartialState) -> Run:
+    """Raises ValueError for data, a model, an objective or a checkpoint that do not fit one another or the flags, and for a
+    batch that the processes cannot share."""
+    batch = args.global_batch_size
+    if batch % state.num_processes:
+        raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
+    check_precision(args.precision, state.device)
+    source, num_classes = open_source(args, state.device)
+    objective = create_objective(args)
+    torch.manual_seed(args.seed)
+    model = new_model(args, source, num_classes, objective)
+    mask_places = _mask_places(args, model)
+    init = read_init(args, source)
+    folder, resumed = find_folder(args, state)  # last: a mistake must not leave an empty run behind
+    accelerator = start_training(args.precision)
+    open_trackers(accelerator, folder, args)
+    ema = _place(args, accelerator, model, resumed, init)
+    if args.compile:
+        compile_blocks(model)
+    optimizer = create_optimizer(args.optimizer, model.parameters(), args.init_lr, args.weight_decay)
+    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+
+    order = DataOrder(source.num_images, batch, args.seed)
+    share = my_share(range(batch), accelerator)
+    train_step = TrainingStep(
+        accelerator=accelerator,
+        model=wrapped,
+        optimizer=optimizer,
+        ema=ema,
+        diffusion=objective.mathematics,
+        timestep_sampler=objective.timestep_sampler,
+        seed=args.seed,
+        global_batch_size=batch,
+        share=share,
+        micro_batch_size=args.micro_batch_size or len(share),
+    )
+    batches = Batches(
+        source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
+    )  # fmt: skip
+    run = Run(train_step, batches, _schedule(args, order), folder, _facts(args, model, source, objective))
+    if resumed:
+        run.restore(resumed)
+    return run
+
+
+def open_source(args: Namespace, device: torch.device) -> tuple[Source, int]:
+    """The latents and the number of classes, checked against each other and against --image-size."""
+    source = _source(args, device)
+    if args.image_size and args.image_size != source.image_size:
+        raise ValueError(
+            f"{args.feature_path} holds images of {source.image_size} pixels, --image-size says {args.image_size}: "
+            "leave the flag out, or extract the images at that size"
+        )
+    num_classes = args.num_classes or source.num_classes
+    if source.labels.max() >= num_classes:
+        where = args.feature_path or args.data_path or "--dummy"
+        raise ValueError(f"{where} holds label {source.labels.max()}, but --num-classes is {num_classes}")
+    return source, num_classes
+
+
+def _source(args: Namespace, device: torch.device) -> Source:
+    image_size, codec = args.image_size or DEFAULT_IMAGE_SIZE, args.vae or DEFAULT_CODEC
+    if args.feature_path:
+        return LatentStore.open(args.feature_path)
+    if args.data_path:
+        return ImageSource(args.data_path, image_size, load_codec(codec, device), num_workers=args.num_workers)
+    return DummySource(DUMMY_IMAGES, args.num_classes or 1000, image_size=image_size, codec=codec)
+
+
+def new_model(args: Namespace, source: Source, num_classes: int, objective: Objective) -> nn.Module:
+    """The named model for these latents, with fresh weights."""
+    channels, side, _ = source.latent_shape
+    settings = {"input_size": side, "in_channels": channels, "num_classes": num_classes}
+    is_sit = args.model.startswith("SiT")
+    if is_sit:
+        # Gaussian diffusion also learns the variance, which a transport does not have.
+        settings |= {"mediator_num": args.mediator_num, "mediator_layers": args.mediator_layers}
+        settings["keep_sigma"] = objective.facts["name"] == "gaussian"
+    elif args.mediator_num or args.mediator_layers:
+        raise ValueError(f"--mediator-num and --mediator-layers belong to SiT, not to --model {args.model}: leave them out")
+    return create_model(args.model, **settings)
+
+
+def _mask_places(args: Namespace, model: nn.Module) -> tuple | None:
+    """None: no masked pass."""
+    if not args.masked:
+        return None
+    if not hasattr(model.config, "mask_places"):
+        raise ValueError(f"--masked: {args.model} has no masked pass; leave the flag out")
+    return model.config.mask_places
+
+
+def read_init(args: Namespace, source: Source) -> Checkpoint | None:
+    """The checkpoint to start from: as it is, or brought to the resolution of the data."""
+    if args.init_from:
+        return read_checkpoint(args.init_from)
+    path = getattr(args, "resume_ckpt_low_resolution", None)
+    if path is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    side = source.latent_shape[1]
+    if checkpoint.config.input_size >= side:
+        raise ValueError(
+            f"--resume-ckpt-low-resolution {path} is of latents {checkpoint.config.input_size} wide, the data's are {side}: "
+            "it must come from a lower resolution; to start at its own, use attention_mediator/train.py --init-from"
+        )
+    state, config, report = change_resolution(checkpoint.state, checkpoint.config, side)
+    for line in report:
+        note(f"{path}: {line}")
+    return dataclasses.replace(checkpoint, state=state, config=config)
 
 
 def find_folder(args: Namespace, state: PartialState) -> tuple[Path, dict | None]:
@@ -56,62 +168,12 @@ def _refuse_other_flags(args: Namespace, before: dict) -> None:
         raise ValueError(f"--resume {args.resume}: the run was begun with other flags ({', '.join(changed)}): give the same")
 
 
-def prepare_run(
-    args: Namespace,
-    state: PartialState,
-    model: nn.Module,
-    store: LatentStore,
-    diffusion: GaussianDiffusion,
-    *,
-    init_lr: float,
-    mask_places: tuple[MaskPlace, ...] | None,
-) -> Run:
-    """model: with fresh weights; they are replaced where --resume or --init-from says so. mask_places: None trains unmasked.
-
-    Raises ValueError for a batch that the processes cannot share, or a checkpoint that does not fit.
-    """
-    batch = args.global_batch_size
-    if batch % state.num_processes:
-        raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
-    check_precision(args.precision, state.device)
-    source = read_checkpoint(args.init_from) if args.init_from else None
-    folder, resumed = find_folder(args, state)  # last: a mistake must not leave an empty run behind
-    accelerator = start_training(args.precision, log_with=["tensorboard"], project_dir=str(folder))
-    accelerator.init_trackers("tensorboard")
-    ema = _place(args, accelerator, model, resumed, source)
-    if args.compile:
-        compile_blocks(model)
-    optimizer = create_optimizer(args.optimizer, model.parameters(), init_lr, args.weight_decay)
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
-
-    order = DataOrder(store.num_images, batch, args.seed)
-    share = my_share(range(batch), accelerator)
-    train_step = TrainingStep(
-        accelerator=accelerator,
-        model=wrapped,
-        optimizer=optimizer,
-        ema=ema,
-        diffusion=diffusion,
-        timestep_sampler=SAMPLERS[args.timestep_sampler](),
-        seed=args.seed,
-        global_batch_size=batch,
-        share=share,
-        micro_batch_size=args.micro_batch_size or len(share),
-    )
-    null_label = model.config.num_classes
-    batches = Batches(store, order, share, null_label=null_label, label_dropout=args.label_dropout, mask_places=mask_places)
-    run = Run(train_step, batches, _schedule(args, order, init_lr), folder, _facts(args, model, store))
-    if resumed:
-        run.restore(resumed)
-    return run
-
-
-def _place(args: Namespace, accelerator: Accelerator, model: nn.Module, resumed: dict | None, source: Checkpoint | None) -> EMA:
+def _place(args: Namespace, accelerator: Accelerator, model: nn.Module, resumed: dict | None, init: Checkpoint | None) -> EMA:
     """Put the weights the run starts from into the model, the model on its device, and average from there."""
     if resumed:
         load_weights(model, resumed["model"], args.resume)
-    elif source and not warm_start(model, source):
-        accelerator.print(f"{source.path} has another number of classes: the label table starts afresh")
+    elif init and not warm_start(model, init):
+        accelerator.print(f"{init.path} has another number of classes: the label table starts afresh")
     model.to(accelerator.device)
     ema = EMA(model, args.ema_decay)
     if resumed:
@@ -119,24 +181,25 @@ def _place(args: Namespace, accelerator: Accelerator, model: nn.Module, resumed:
     return ema
 
 
-def _schedule(args: Namespace, order: DataOrder, init_lr: float) -> Schedule:
+def _schedule(args: Namespace, order: DataOrder) -> Schedule:
     steps = order.num_steps(args.epochs)
     return Schedule(
         max_steps=min(steps, args.max_steps or steps),
         log_every=args.log_every,
-        ckpt_every=args.ckpt_every,
+        ckpt_every=order.num_steps(args.epoch_ckpt_every) if args.epoch_ckpt_every else args.ckpt_every,
         sample_every=args.sample_every,
         keep_checkpoints=args.keep_checkpoints,
-        init_lr=init_lr,
+        init_lr=args.init_lr,
         final_lr=args.final_lr,
         lr_decay_steps=args.lr_decay_steps,
     )
 
 
-def _facts(args: Namespace, model: nn.Module, store: LatentStore) -> dict:
+def _facts(args: Namespace, model: nn.Module, source: Source, objective: Objective) -> dict:
     """What every checkpoint of the run says besides its state."""
-    codec = {"name": store.codec, "scale": store.scale, "image_size": store.meta["image_size"]}
+    codec = {"name": source.codec, "scale": source.scale, "image_size": source.image_size}
+    class_names = tuple(source.class_names or ())
     return {
         "args": vars(args),
-        "config": describe(args.model, model.config, codec=codec, class_names=tuple(store.class_names or ())),
+        "config": describe(args.model, model.config, codec=codec, class_names=class_names, objective=objective.facts),
     }

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion
 from diffusion.timesteps import UniformSampler
+from diffusion.transport import Transport
 from runtime.draws import Purpose, uniforms
 from training.data import Batch
 from training.ema import EMA
 from training.optim import set_lr
 
-PARTS = ("loss", "mse", "vb", "loss_plain", "loss_masked")
+PARTS = ("loss", "mse", "vb", "loss_plain", "loss_masked")  # mse and vb: of Gaussian diffusion only
 
 
 @dataclass
@@ -31,7 +32,7 @@ class TrainingStep:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
-    diffusion: GaussianDiffusion
+    diffusion: GaussianDiffusion | Transport
     timestep_sampler: UniformSampler
     seed: int
     global_batch_size: int
@@ -83,12 +84,16 @@ class TrainingStep:
         if batch.keep_masks:
             model_kwargs["keep_masks"] = [torch.cat([torch.ones_like(mask), mask]) for mask in batch.keep_masks]
         losses = self.diffusion.training_losses(
-            self.model, batch.x0.repeat(passes, 1, 1, 1), t.repeat(passes), model_kwargs, noise=batch.noise.flatten(0, 1)
+            self.model,
+            batch.x0.repeat(passes, 1, 1, 1),
+            t=t.repeat(passes),
+            model_kwargs=model_kwargs,
+            noise=batch.noise.flatten(0, 1),
         )
         by_pass = losses["loss"].view(passes, b)
-        masked = by_pass[1].sum() if passes == 2 else by_pass.new_zeros(())
-        parts = torch.stack([by_pass.sum(), losses["mse"].sum(), losses["vb"].sum(), by_pass[0].sum(), masked])
-        return by_pass.sum(0), parts
+        none = by_pass.new_zeros(1)
+        mse, vb, masked = losses.get("mse", none), losses.get("vb", none), by_pass[1] if passes == 2 else none
+        return by_pass.sum(0), torch.stack([part.sum() for part in (by_pass, mse, vb, by_pass[0], masked)])
 
     def _learn(self, timesteps: np.ndarray, losses: Tensor) -> None:
         """Show the timestep sampler the global batch's timesteps and losses, in its order, in every process."""

@@ -1,0 +1,24 @@
+"""What train_256to512.py and train_512to1024.py share."""
+
+from collections.abc import Sequence
+
+from attention_mediator.train import create_parser, train
+from training.options import parse_training_arguments
+
+
+def finetune(description: str, image_size: int, argv: Sequence[str] | None) -> None:
+    """Train at ``image_size`` pixels from the checkpoint of a lower resolution."""
+    parser = create_parser(description)
+    parser.add_argument(
+        "--resume-ckpt-low-resolution",
+        metavar="CKPT",
+        help="start from this checkpoint's EMA weights, resized; optimizer and epochs start afresh",
+    )
+    args = parse_training_arguments(parser, argv)
+    if not (args.resume_ckpt_low_resolution or args.resume):
+        parser.error("--resume-ckpt-low-resolution is missing: the checkpoint to start from")
+    if args.resume_ckpt_low_resolution and args.init_from:
+        parser.error("--init-from takes a checkpoint of the same resolution; use one of them")
+    if not args.feature_path:
+        args.image_size = args.image_size or image_size
+    train(args)

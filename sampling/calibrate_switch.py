@@ -1,0 +1,165 @@
+"""Propose switch ratios for a compute budget, from a small run.
+
+    python -m sampling.calibrate_switch SDE --ckpt1 CKPT4 --ckpt2 CKPT16 --ckpt3 CKPT64 --budget-gmac 5.6
+
+The budget is the GMAC of a network call on average over an image's sampling: between the first model's and the last one's.
+Of all ways to share the calls out that meet it, the one of highest entropy is aimed at: calls in proportion to exp(lambda *
+GMAC), lambda as the budget says. The ratios that bring it about are found on recorded runs, and the proposal is what a last
+run measured.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+
+from diffusion.guidance import ClassifierFreeGuidance
+from models.stepwise import DISTANCES, StageTracker, StepwiseNetwork, SwitchPolicy
+from runtime import cli
+from runtime.distributed import start
+from runtime.draws import Purpose, normals
+from sampling.generate import label_source
+from sampling.options import Pipeline, add_sampling_arguments, add_transport_arguments
+from sampling.switching import add_stage_arguments, gmacs, read_stages, switching_pipeline
+
+ROUNDS = 4  # each solves for ratios on the trajectories of the one before: these change a little with the models used
+TOLERANCE = 0.005  # of the budget
+
+
+def parse(argv: Sequence[str] | None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    add_transport_arguments(parser, positional_mode=True)
+    add_stage_arguments(parser)
+    add_sampling_arguments(parser, ckpt=False)
+    parser.add_argument("--budget-gmac", type=cli.positive_float, required=True, help="GMAC a network call, on average")
+    parser.add_argument("--num-samples", type=cli.positive_int, default=16, help="images of each run, in one batch")
+    args = parser.parse_args(argv)
+    return args, read_stages(parser, args)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What one run of N images and T solver steps showed.
+
+    changes: (N, T - 1), the distance of neighbouring states over the reference, from the first that counts. calls: (T + 1,),
+    network calls an image in each solver step and, last, in an SDE's last step. share: (stages,), of the calls.
+    """
+
+    changes: np.ndarray
+    calls: np.ndarray
+    share: np.ndarray
+
+
+def share_of_calls(cost: np.ndarray, budget: float) -> np.ndarray:
+    """The shares, (stages,), of highest entropy whose mean cost is the budget. Raises ValueError where none is."""
+    if not cost.min() < budget < cost.max():
+        raise ValueError(
+            f"--budget-gmac {budget} is out of reach: a call costs {cost.min():.4g} with the cheapest model and "
+            f"{cost.max():.4g} with the dearest; choose a value between"
+        )
+
+    def shares(slope: float) -> np.ndarray:
+        weights = np.exp(slope * (cost - cost.max() if slope > 0 else cost - cost.min()))
+        return weights / weights.sum()
+
+    steepest = 700 / (cost.max() - cost.min())  # exp's range
+    return shares(brentq(lambda slope: shares(slope) @ cost - budget, -steepest, steepest))
+
+
+def calls_before(trajectories: Trajectories, ratio: float, first_several_num: int) -> float:
+    """The share of an image's calls that come before it switches at this ratio, on average over the images."""
+    below = trajectories.changes[:, first_several_num:] < ratio
+    step = np.where(below.any(1), below.argmax(1) + first_several_num + 2, len(trajectories.calls))  # switch after this one
+    return float((trajectories.calls.cumsum()[step - 1] / trajectories.calls.sum()).mean())
+
+
+def ratio_for(trajectories: Trajectories, wanted: float, first_several_num: int) -> float:
+    """The ratio at which :func:`calls_before` comes nearest to ``wanted``; it falls as the ratio grows."""
+    candidates = np.unique(trajectories.changes[:, first_several_num:])
+    middles = np.append((candidates[1:] + candidates[:-1]) / 2, 1.01 * candidates[-1])
+    low, high = 0, len(middles) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if calls_before(trajectories, middles[middle], first_several_num) > wanted:
+            low = middle + 1
+        else:
+            high = middle
+    near = middles[max(high - 1, 0) : high + 1]
+    return float(min(near, key=lambda ratio: abs(calls_before(trajectories, ratio, first_several_num) - wanted)))
+
+
+@torch.inference_mode()
+def record(args: Namespace, pipeline: Pipeline) -> Trajectories:
+    """Sample the first images of ``--seed`` and watch."""
+    network, ids, config = pipeline.model, list(range(args.num_samples)), pipeline.checkpoint.config
+    shape = (config.in_channels, config.input_size, config.input_size)
+    device = next(network.parameters()).device
+    model = ClassifierFreeGuidance(network, pipeline.guidance.scale, config.num_classes, pipeline.guidance.channels)
+    labels = label_source("random", config.num_classes, args.seed, args.num_samples)
+    y = torch.tensor([labels(i) for i in ids], device=device)
+    noise = normals(args.seed, Purpose.SAMPLE_NOISE, ids, 0, shape).to(device)
+    distance = DISTANCES[args.distance_func]
+    previous, distances, calls = None, [], []
+    with torch.autocast(device.type, pipeline.autocast_dtype, enabled=pipeline.autocast_dtype is not None):
+        for k, out in enumerate(
+            pipeline.sampler(model, noise, y, lambda k: normals(args.seed, Purpose.SAMPLE_NOISE, ids, k, shape)), start=1
+        ):
+            calls.append(int(network.calls[0].sum()))
+            if previous is not None and k <= pipeline.sampler.inner.num_solver_steps:
+                distances.append(distance(out["sample"] - previous).flatten(1).mean(1).cpu())
+            previous = out["sample"].clone()
+    changes = torch.stack(distances, dim=1).double().numpy()
+    changes /= changes[:, : args.first_several_num].mean(1, keepdims=True)
+    per_step = np.diff([0, *calls])
+    per_step = np.append(per_step, 0) if len(per_step) == pipeline.sampler.inner.num_solver_steps else per_step
+    return Trajectories(changes, per_step, (network.calls.sum(0) / network.calls.sum()).numpy())
+
+
+def calibrate(args: Namespace, pipeline: Pipeline) -> tuple[tuple[float, ...], Trajectories]:
+    """The ratios whose run came nearest to the budget, and that run."""
+    network: StepwiseNetwork = pipeline.model
+    cost, first = gmacs(network), args.first_several_num
+    wanted = np.cumsum(share_of_calls(cost, args.budget_gmac))[:-1]
+    best = None
+    trajectories = record(args, pipeline)  # with the policy it was built with, which never switches
+    if first >= trajectories.changes.shape[1]:
+        raise ValueError(f"--first-several-num {first} leaves no step to switch at: the sampler takes too few steps")
+    for _ in range(ROUNDS):
+        ratios = tuple(ratio_for(trajectories, share, first) for share in wanted)
+        network.tracker = StageTracker(SwitchPolicy(ratios=ratios, first_several_num=first, distance=args.distance_func))
+        trajectories = record(args, pipeline)
+        error = abs(trajectories.share @ cost / args.budget_gmac - 1)
+        if best is None or error < best[0]:
+            best = error, ratios, trajectories
+        if error < TOLERANCE:
+            break
+    return best[1:]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, stages = parse(argv)
+    never = SwitchPolicy(
+        ratios=(1e-30,) * (len(stages) - 1), first_several_num=args.first_several_num, distance=args.distance_func
+    )
+    state = start()
+    if state.num_processes > 1:
+        raise ValueError("sampling.calibrate_switch runs as one process: a few images suffice")
+    pipeline = switching_pipeline(args, stages, never, state.device)
+    ratios, run = calibrate(args, pipeline)
+    cost = gmacs(pipeline.model)
+    print(f"{'model':>7}{'GMAC a call':>13}{'share of calls':>16}")
+    for i, (gmac, share) in enumerate(zip(cost, run.share, strict=True), start=1):
+        print(f"{i:>7}{gmac:>13.3f}{share:>16.1%}")
+    print(f"measured on {args.num_samples} images: {run.share @ cost:.4g} GMAC a call, wanted {args.budget_gmac:.4g}")
+    if len(ratios) == 2:
+        print(f"--switch_ratio1 {ratios[0]:.4g} --switch_ratio2 {ratios[1]:.4g}", end=" ")
+    else:
+        print("--switch-ratios", *(f"{ratio:.4g}" for ratio in ratios), end=" ")
+    print(f"--first_several_num {args.first_several_num} --distence_func {args.distance_func}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

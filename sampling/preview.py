@@ -1,0 +1,53 @@
+"""Grids of samples from a model in training."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.codec import load_codec
+from diffusion import create_diffusion
+from diffusion.transport import ODE, create_transport
+from sampling.generate import Guidance, generate
+from sampling.grids import save_grid
+from sampling.samplers import GaussianSampler, Sampler, TransportSampler
+
+CLASSES, PER_CLASS = 10, 4
+
+
+def grid_writer(args: Namespace, model: nn.Module, config: dict, folder: Path) -> Callable[[int], None] | None:
+    """A function step -> ``<folder>/samples/<step>.png``: rows are the first classes; None without ``--sample-every``.
+
+    args: of :mod:`training.options`. model: the average. config: what its checkpoints say of it.
+    """
+    if not args.sample_every:
+        return None
+    codec = load_codec(args.vae or config["codec"]["name"], next(model.parameters()).device)
+    sampler = _sampler(config["objective"], args.sample_steps)
+    classes = range(min(model.config.num_classes, CLASSES))
+    labels = [label for label in classes for _ in range(PER_CLASS)]
+
+    def write(step: int) -> None:
+        batches = generate(
+            model,
+            sampler,
+            codec,
+            range(len(labels)),
+            labels=labels.__getitem__,
+            seed=args.seed,
+            guidance=Guidance(args.cfg_scale),
+        )
+        images = torch.cat([batch.images for batch in batches]).numpy()
+        save_grid(images, folder / "samples" / f"{step:07d}.png", PER_CLASS, [str(label) for label in classes])
+
+    return write
+
+
+def _sampler(objective: dict, num_steps: int) -> Sampler:
+    """The quickest that a training run's pictures need: DDIM, or Heun's method."""
+    if objective["name"] == "gaussian":
+        return GaussianSampler(create_diffusion(str(num_steps)), ddim=True)
+    transport = create_transport(**{key: value for key, value in objective.items() if key != "name"})
+    return TransportSampler(ODE(transport, "heun", num_steps + 1))

@@ -1,0 +1,121 @@
+"""Ways from noise to latents, each around one of the mathematics of :mod:`diffusion`, all called alike."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from diffusion import GaussianDiffusion
+from diffusion.transport import ODE, SDE
+from diffusion.transport.likelihood import log_likelihood
+from models.stepwise import StepwiseNetwork
+
+StepNoise = Callable[[int], Tensor]
+
+
+class Sampler(Protocol):
+    """Turns noise into latents with a network.
+
+    Yields after every step a dict: sample, the state; pred_xstart, the step's prediction of the finished latents; the last one
+    may hold more about each sample. step_noise(k) is the noise of step k = 1, 2, ...
+    """
+
+    @property
+    def num_steps(self) -> int:
+        """How many dicts it yields."""
+
+    @property
+    def settings(self) -> dict:
+        """What its samples depend on, as plain values."""
+
+    def __call__(
+        self, model: Callable[..., Tensor], noise: Tensor, y: Tensor, step_noise: StepNoise
+    ) -> Iterator[dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class GaussianSampler:
+    """Ancestral sampling, or DDIM with ``eta``."""
+
+    diffusion: GaussianDiffusion
+    ddim: bool = False
+    eta: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        return self.diffusion.num_timesteps
+
+    @property
+    def settings(self) -> dict:
+        return {"sampler": "ddim" if self.ddim else "ancestral", "num_sampling_steps": self.num_steps, "eta": self.eta}
+
+    def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
+        kwargs = {"model_kwargs": {"y": y}, "step_noise": step_noise}
+        if self.ddim:
+            return self.diffusion.ddim_sample_loop_progressive(model, noise, **kwargs, eta=self.eta)
+        return self.diffusion.p_sample_loop_progressive(model, noise, **kwargs)
+
+
+@dataclass(frozen=True)
+class TransportSampler:
+    """A transport's SDE, or its ODE.
+
+    likelihood: of an ODE; the last dict also holds log_likelihood (B,), in nats, of the finished latents.
+    """
+
+    process: SDE | ODE
+    likelihood: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        return self.process.num_yields
+
+    @property
+    def num_solver_steps(self) -> int:
+        """The steps without an SDE's separate last one."""
+        return self.process.num_steps - 1 if isinstance(self.process, SDE) else self.process.num_yields
+
+    @property
+    def settings(self) -> dict:
+        options = {entry.name: getattr(self.process, entry.name) for entry in dataclasses.fields(self.process) if entry.init}
+        transport = options.pop("transport")
+        return {"sampler": type(self.process).__name__, **transport.describe(), **options, "likelihood": self.likelihood}
+
+    def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
+        draws = {"step_noise": step_noise} if isinstance(self.process, SDE) else {}
+        steps = self.process.steps(model, noise, model_kwargs={"y": y}, **draws)
+        for k, out in enumerate(steps, start=1):
+            if self.likelihood and k == self.num_steps:
+                probe = step_noise(1).sign()  # Rademacher: the ODE itself draws no noise
+                ode = dataclasses.replace(self.process, reverse=True)
+                out["log_likelihood"], _ = log_likelihood(ode, model, out["sample"], probe, {"y": y})
+            yield out
+
+
+@dataclass(frozen=True)
+class SwitchingSampler:
+    """``inner`` with a network that changes with the state: each sample goes on to the next model as its policy says.
+
+    The last dict holds switch_steps (B, stages - 1) and evaluations (B, stages) as well: see
+    :class:`models.stepwise.StepwiseNetwork`. network: the one that the callable handed over asks, perhaps through guidance.
+    """
+
+    inner: TransportSampler
+    network: StepwiseNetwork
+
+    @property
+    def num_steps(self) -> int:
+        return self.inner.num_steps
+
+    @property
+    def settings(self) -> dict:
+        return {**self.inner.settings, **dataclasses.asdict(self.network.tracker.policy)}
+
+    def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
+        self.network.begin(len(noise))
+        for k, out in enumerate(self.inner(model, noise, y, step_noise), start=1):
+            if k <= self.inner.num_solver_steps:
+                self.network.observe(out["sample"])
+            yield {**out, "switch_steps": self.network.switch_steps, "evaluations": self.network.evaluations}
