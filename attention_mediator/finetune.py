@@ -15,10 +15,8 @@ def finetune(description: str, image_size: int, argv: Sequence[str] | None) -> N
         help="start from this checkpoint's EMA weights, resized; optimizer and epochs start afresh",
     )
     args = parse_training_arguments(parser, argv)
-    if not (args.resume_ckpt_low_resolution or args.resume):
-        parser.error("--resume-ckpt-low-resolution is missing: the checkpoint to start from")
+    args.needs_low_resolution = True  # unless there is a run to resume
     if args.resume_ckpt_low_resolution and args.init_from:
         parser.error("--init-from takes a checkpoint of the same resolution; use one of them")
-    if not args.feature_path:
-        args.image_size = args.image_size or image_size
+    args.image_size = args.image_size or image_size
     train(args)

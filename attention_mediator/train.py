@@ -32,11 +32,10 @@ RECIPE = {
 }
 
 
-def create_parser(description: str, **defaults) -> cli.ArgumentParser:
-    """defaults: beyond :data:`RECIPE`."""
+def create_parser(description: str) -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description)
     add_training_arguments(parser)
-    parser.set_defaults(**RECIPE, **defaults)
+    parser.set_defaults(**RECIPE)
     return parser
 
 

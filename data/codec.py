@@ -12,6 +12,7 @@ from torch import Tensor
 
 from runtime.cli import first_line
 
+PUBLISHED_ALIASES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # as the SiT scripts say
 HUB_NAMES = {"sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse"}
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the range to which the VAE's posterior clamps its log-variance
 SLICE_PIXELS = 16 * 256**2  # what a VAE works on at once: 16 images of 256 x 256, 4 of 512 x 512, 1 of 1024 x 1024
@@ -133,7 +134,7 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     the Hugging Face hub. A folder is never looked for on the network.
     Raises ValueError when there is no such codec or it does not fit.
     """
-    device = torch.device(device)
+    device, name = torch.device(device), PUBLISHED_ALIASES.get(name, name)
     if name == "pixels":
         return PixelCodec(device)
     folder = Path(name).expanduser()

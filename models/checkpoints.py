@@ -185,8 +185,11 @@ def warm_start(model: nn.Module, checkpoint: Checkpoint) -> bool:
 
 def _check_resolution(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
     config, table = model.config, state.get("pos_embed")
+    patches = state.get("x_embedder.proj.weight")
     if table is None or table.ndim != 3 or table.shape[1] == model.pos_embed.shape[1]:
         return
+    if patches is not None and patches.shape[-1] != config.patch_size:
+        return  # another model, which the shapes will tell
     held, wanted = math.isqrt(table.shape[1]) * config.patch_size, config.input_size
     raise ValueError(
         f"{path} holds the position tables of latents {held} wide (with a VAE of 8: {8 * held}-pixel images), the model's are "

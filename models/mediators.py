@@ -48,7 +48,8 @@ class MediatorAttention(BiasedAttention):
         self.wa_bias = nn.Parameter(torch.empty(1, H, 1, grid, M))
         for table in self._bias_tables():
             nn.init.trunc_normal_(table, std=0.02)
-        self.dwc = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        # Laid out as the gradient comes, from channels-last images: DDP's buckets want the two alike.
+        self.dwc = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width).to(memory_format=torch.channels_last)
 
     def _bias_tables(self) -> tuple[Tensor, ...]:
         return self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias
@@ -65,12 +66,15 @@ class MediatorAttention(BiasedAttention):
 
     def forward(self, x: Tensor, bias: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned."""
-        q, k, v = self.qkv(x).chunk(3, dim=2)  # each (B, N, D)
+        # Three products in place of one, so that v is dense: the convolution would copy a slice.
+        q, k, v = (
+            F.linear(x, w, b) for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        )  # (B, N, D)
         gather_bias, read_bias = bias
         mediators = self._heads(self._pool(q))  # (B, H, M, D/H)
         values = fused_attention(mediators, self._heads(k), self._heads(v), gather_bias)  # (B, H, M, D/H)
         out = fused_attention(self._heads(q), mediators, values, read_bias).transpose(1, 2).flatten(2)
-        return self.proj(out + _tokens(self.dwc(self._image(v))))
+        return self.proj(_tokens(self.dwc(self._image(v))).add_(out))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, D/H)."""

@@ -108,13 +108,13 @@ def record(args: Namespace, pipeline: Pipeline) -> Trajectories:
             pipeline.sampler(model, noise, y, lambda k: normals(args.seed, Purpose.SAMPLE_NOISE, ids, k, shape)), start=1
         ):
             calls.append(int(network.calls[0].sum()))
-            if previous is not None and k <= pipeline.sampler.inner.num_solver_steps:
+            if previous is not None and k <= pipeline.sampler.num_solver_steps:
                 distances.append(distance(out["sample"] - previous).flatten(1).mean(1).cpu())
             previous = out["sample"].clone()
     changes = torch.stack(distances, dim=1).double().numpy()
     changes /= changes[:, : args.first_several_num].mean(1, keepdims=True)
     per_step = np.diff([0, *calls])
-    per_step = np.append(per_step, 0) if len(per_step) == pipeline.sampler.inner.num_solver_steps else per_step
+    per_step = np.append(per_step, 0) if len(per_step) == pipeline.sampler.num_solver_steps else per_step
     return Trajectories(changes, per_step, (network.calls.sum(0) / network.calls.sum()).numpy())
 
 
@@ -123,10 +123,12 @@ def calibrate(args: Namespace, pipeline: Pipeline) -> tuple[tuple[float, ...], T
     network: StepwiseNetwork = pipeline.model
     cost, first = gmacs(network), args.first_several_num
     wanted = np.cumsum(share_of_calls(cost, args.budget_gmac))[:-1]
+    if pipeline.sampler.num_solver_steps - 1 <= first:
+        raise ValueError(
+            f"--num-sampling-steps {args.num_sampling_steps} leaves no step to switch at after --first-several-num {first}"
+        )
     best = None
     trajectories = record(args, pipeline)  # with the policy it was built with, which never switches
-    if first >= trajectories.changes.shape[1]:
-        raise ValueError(f"--first-several-num {first} leaves no step to switch at: the sampler takes too few steps")
     for _ in range(ROUNDS):
         ratios = tuple(ratio_for(trajectories, share, first) for share in wanted)
         network.tracker = StageTracker(SwitchPolicy(ratios=ratios, first_several_num=first, distance=args.distance_func))

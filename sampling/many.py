@@ -9,7 +9,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from runtime.cli import ArgumentParser, BooleanFlag, positive_int
-from runtime.distributed import my_share
+from runtime.distributed import my_share, together
 from runtime.files import file_sha256
 from sampling.generate import LABEL_RULES, generate, label_source
 from sampling.options import Pipeline
@@ -39,8 +39,9 @@ def sample_many(args: Namespace, pipeline: Pipeline, state: PartialState, table:
     }
     path = Path(args.sample_dir)
     folder = SampleFolder(path, args.num_fid_samples, pipeline.image_size, settings, png=args.png, table=table)
-    if state.is_main_process:
-        folder.prepare()
+    with together():
+        if state.is_main_process:
+            folder.prepare()
     state.wait_for_everyone()
     missing = folder.missing()
     state.wait_for_everyone()  # nobody writes before everybody has seen the same list

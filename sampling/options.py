@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,28 +58,30 @@ def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None
     parser.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
 
 
+# Which flags belong to what; given to something else they are refused, not ignored.
+SDE_FLAGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+ODE_FLAGS = ("atol", "rtol", "per_sample_solver", "likelihood")
+TRANSPORT_FLAGS = ("mode", "sampling_method", "path_type", "prediction", "sample_eps", *SDE_FLAGS, *ODE_FLAGS)
+
+
 def add_transport_arguments(parser: ArgumentParser, *, positional_mode: bool = False) -> None:
     """For checkpoints trained as transports (SiT). positional_mode: as in the mediator system's scripts, ``script.py SDE``."""
     group = parser.add_argument_group("transport")
     if positional_mode:
         group.add_argument("mode", choices=("ODE", "SDE"))
     else:
-        group.add_argument("--mode", choices=("ODE", "SDE"), default="SDE")
+        group.add_argument("--mode", choices=("ODE", "SDE"), help="default: SDE")
     group.add_argument(
         "--sampling-method",
         help="SDE: Euler or Heun; ODE: euler, heun, ab2, ab3, ab4, dopri5 or another of torchdiffeq's (default: Euler, dopri5)",
     )
-    group.add_argument(
-        "--diffusion-form",
-        choices=(*DIFFUSION_FORMS, *PUBLISHED_SPELLINGS),
-        default="sigma",
-        help="SDE: the noise level's shape",
-    )
-    group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="SDE: and its height")
-    group.add_argument("--last-step", choices=LAST_STEPS, default="Mean", help="SDE: how the remaining noise is removed")
-    group.add_argument("--last-step-size", type=positive_float, default=0.04, help="SDE: of the time, which ends at 1")
-    group.add_argument("--atol", type=positive_float, default=1e-6, help="ODE: absolute tolerance of adaptive methods")
-    group.add_argument("--rtol", type=positive_float, default=1e-3, help="ODE: relative tolerance of adaptive methods")
+    forms = (*DIFFUSION_FORMS, *PUBLISHED_SPELLINGS)
+    group.add_argument("--diffusion-form", choices=forms, help="SDE: the noise level's shape (default: sigma)")
+    group.add_argument("--diffusion-norm", type=positive_float, help="SDE: and its height (default: 1)")
+    group.add_argument("--last-step", choices=LAST_STEPS, help="SDE: how the remaining noise is removed (default: Mean)")
+    group.add_argument("--last-step-size", type=positive_float, help="SDE: of the time, which ends at 1 (default: 0.04)")
+    group.add_argument("--atol", type=positive_float, help="ODE: absolute tolerance of adaptive methods (default: 1e-6)")
+    group.add_argument("--rtol", type=positive_float, help="ODE: relative tolerance of adaptive methods (default: 1e-3)")
     group.add_argument(
         "--per-sample-solver", action=BooleanFlag, help="ODE: solve each sample by itself: slower, the same for any batch size"
     )
@@ -164,23 +167,33 @@ def check_held(flag: str, asked: int | None, held: int | None, path: str | os.Pa
 def build_sampler(args: Namespace, checkpoint: Checkpoint, *, ode_method: str = "dopri5") -> GaussianSampler | TransportSampler:
     """The sampler for what the checkpoint was trained to predict. ode_method: in place of the flag's default."""
     if checkpoint.objective["name"] == "gaussian":
+        _refuse(args, TRANSPORT_FLAGS, f"{checkpoint.path}, which was trained for Gaussian diffusion (use sample_ddp.py)")
         return GaussianSampler(create_diffusion(str(args.num_sampling_steps)), ddim=args.ddim)
-    if args.ddim:
-        raise ValueError(f"--ddim is for Gaussian diffusion, {checkpoint.path} is a transport: use --mode ODE")
-    transport, method = _transport(args, checkpoint), args.sampling_method or {"ODE": ode_method, "SDE": "Euler"}[args.mode]
-    common = {"sampling_method": method, "num_steps": args.num_sampling_steps}
+    _refuse(args, ("ddim",), f"{checkpoint.path}, which is a transport (use --mode ODE)")
+    transport = _transport(args, checkpoint)
     if args.mode == "ODE":
-        ode = ODE(transport, **common, atol=args.atol, rtol=args.rtol, per_sample=args.per_sample_solver)
+        _refuse(args, SDE_FLAGS, "the mode ODE")
+        given = _given(args, ("atol", "rtol"))
+        method = args.sampling_method or ode_method
+        ode = ODE(transport, method, args.num_sampling_steps, per_sample=args.per_sample_solver, **given)
         return TransportSampler(ode, likelihood=getattr(args, "likelihood", False))
-    sde = SDE(
-        transport,
-        **common,
-        diffusion_form=args.diffusion_form,
-        diffusion_norm=args.diffusion_norm,
-        last_step=args.last_step,
-        last_step_size=args.last_step_size,
-    )
-    return TransportSampler(sde)
+    _refuse(args, ODE_FLAGS, "the mode SDE")
+    given = {"diffusion_form": "sigma", **_given(args, ("sampling_method", *SDE_FLAGS))}
+    if given["diffusion_form"] == "SBDM" and args.sample_eps == 0 and args.path_type != "VP":
+        raise ValueError("--diffusion-form SBDM is infinite at time 0: give a --sample-eps above 0, as 1e-3, or leave it out")
+    return TransportSampler(SDE(transport, num_steps=args.num_sampling_steps, **given))
+
+
+def _given(args: Namespace, flags: Sequence[str]) -> dict:
+    return {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+
+
+def _refuse(args: Namespace, flags: Sequence[str], what: str) -> None:
+    """A flag that would be ignored is a mistake about what is being done."""
+    for flag in flags:
+        value = getattr(args, flag, None)
+        if value not in (None, False):
+            raise ValueError(f"--{flag.replace('_', '-')} {value} means nothing to {what}: leave it out")
 
 
 def _transport(args: Namespace, checkpoint: Checkpoint) -> Transport:

@@ -10,6 +10,7 @@ from torch import nn
 from data.codec import load_codec
 from diffusion import create_diffusion
 from diffusion.transport import ODE, create_transport
+from runtime.distributed import is_first_process
 from sampling.generate import Guidance, generate
 from sampling.grids import save_grid
 from sampling.samplers import GaussianSampler, Sampler, TransportSampler
@@ -18,11 +19,12 @@ CLASSES, PER_CLASS = 10, 4
 
 
 def grid_writer(args: Namespace, model: nn.Module, config: dict, folder: Path) -> Callable[[int], None] | None:
-    """A function step -> ``<folder>/samples/<step>.png``: rows are the first classes; None without ``--sample-every``.
+    """A function step -> ``<folder>/samples/<step>.png``: rows are the first classes. None without ``--sample-every``, and on
+    all processes but the first.
 
     args: of :mod:`training.options`. model: the average. config: what its checkpoints say of it.
     """
-    if not args.sample_every:
+    if not (args.sample_every and is_first_process()):
         return None
     codec = load_codec(args.vae or config["codec"]["name"], next(model.parameters()).device)
     sampler = _sampler(config["objective"], args.sample_steps)

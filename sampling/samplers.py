@@ -27,6 +27,10 @@ class Sampler(Protocol):
         """How many dicts it yields."""
 
     @property
+    def num_solver_steps(self) -> int:
+        """The same without an SDE's separate last step."""
+
+    @property
     def settings(self) -> dict:
         """What its samples depend on, as plain values."""
 
@@ -46,6 +50,10 @@ class GaussianSampler:
     @property
     def num_steps(self) -> int:
         return self.diffusion.num_timesteps
+
+    @property
+    def num_solver_steps(self) -> int:
+        return self.num_steps
 
     @property
     def settings(self) -> dict:
@@ -74,7 +82,6 @@ class TransportSampler:
 
     @property
     def num_solver_steps(self) -> int:
-        """The steps without an SDE's separate last one."""
         return self.process.num_steps - 1 if isinstance(self.process, SDE) else self.process.num_yields
 
     @property
@@ -102,12 +109,16 @@ class SwitchingSampler:
     :class:`models.stepwise.StepwiseNetwork`. network: the one that the callable handed over asks, perhaps through guidance.
     """
 
-    inner: TransportSampler
+    inner: Sampler
     network: StepwiseNetwork
 
     @property
     def num_steps(self) -> int:
         return self.inner.num_steps
+
+    @property
+    def num_solver_steps(self) -> int:
+        return self.inner.num_solver_steps
 
     @property
     def settings(self) -> dict:
@@ -116,6 +127,6 @@ class SwitchingSampler:
     def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
         self.network.begin(len(noise))
         for k, out in enumerate(self.inner(model, noise, y, step_noise), start=1):
-            if k <= self.inner.num_solver_steps:
+            if k <= self.num_solver_steps:
                 self.network.observe(out["sample"])
             yield {**out, "switch_steps": self.network.switch_steps, "evaluations": self.network.evaluations}

@@ -7,18 +7,32 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data.store import PUBLISHED_SCALE
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.layers import compile_blocks
 from models.macs import multiply_accumulates
+from models.registry import size
 from models.stepwise import DISTANCES, StepwiseNetwork, SwitchPolicy
 from runtime.cli import ArgumentParser, positive_float, positive_int
-from runtime.distributed import check_precision
+from runtime.distributed import check_precision, note
 from runtime.files import file_sha256
 from sampling.options import Pipeline, assemble, build_sampler, check_held
 from sampling.samplers import SwitchingSampler
 from sampling.writers import Table
 
 PUBLISHED_STAGES = 3
+
+# What models that take turns must have in common, by name.
+COMMON = {
+    "objective": lambda checkpoint: checkpoint.objective["name"],
+    "path_type": lambda checkpoint: checkpoint.objective.get("path_type", "Linear"),
+    "prediction": lambda checkpoint: checkpoint.objective.get("prediction", "velocity"),
+    "codec scale": lambda checkpoint: checkpoint.codec.get("scale", PUBLISHED_SCALE),
+    "input_size": lambda checkpoint: checkpoint.config.input_size,
+    "in_channels": lambda checkpoint: checkpoint.config.in_channels,
+    "num_classes": lambda checkpoint: checkpoint.config.num_classes,
+    "size": lambda checkpoint: ", ".join(f"{name} {value}" for name, value in size(checkpoint.config).items()),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,8 @@ def read_stages(parser: ArgumentParser, args: Namespace) -> list[Stage]:
     """The models named on the command line; a usage error where they are named in both ways, or in none."""
     numbered = [getattr(args, f"ckpt{i}") for i in range(1, PUBLISHED_STAGES + 1)]
     if args.ckpts:
-        if any(numbered):
-            parser.error("--ckpts stands in place of --ckpt1, --ckpt2, --ckpt3: use one of them")
+        if any(numbered) or any(getattr(args, f"mediator_num{i}") for i in range(1, PUBLISHED_STAGES + 1)):
+            parser.error("--ckpts stands in place of --ckpt1, --mediator-num1 and so on: use one of them")
         return [Stage(path) for path in args.ckpts]
     if None in numbered:
         parser.error(f"--ckpt{numbered.index(None) + 1} is missing; for another number of models use --ckpts")
@@ -64,10 +78,12 @@ def read_stages(parser: ArgumentParser, args: Namespace) -> list[Stage]:
 
 def read_ratios(parser: ArgumentParser, args: Namespace, num_stages: int) -> tuple[float, ...]:
     """A usage error where they are not one fewer than the models."""
-    ratios = args.switch_ratios
-    if ratios is None:
-        ratios = [getattr(args, f"switch_ratio{i}") for i in range(1, PUBLISHED_STAGES)]
-        ratios = [ratio for ratio in ratios if ratio is not None]
+    numbered = [getattr(args, f"switch_ratio{i}") for i in range(1, PUBLISHED_STAGES)]
+    ratios = [ratio for ratio in numbered if ratio is not None]
+    if args.switch_ratios:
+        if ratios:
+            parser.error("--switch-ratios stands in place of --switch-ratio1, --switch-ratio2: use one of them")
+        ratios = args.switch_ratios
     if len(ratios) != num_stages - 1:
         parser.error(f"{num_stages} models need {num_stages - 1} switch ratio(s), got {len(ratios)}")
     return tuple(ratios)
@@ -86,8 +102,11 @@ def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchP
         for model in models:
             compile_blocks(model)
     network = StepwiseNetwork(models, policy).eval()
+    cost = gmacs(network)
+    if (np.diff(cost) < 0).any():
+        note(f"the models do not grow: a call costs {', '.join(f'{gmac:.4g}' for gmac in cost)} GMAC in the order given")
     sampler = SwitchingSampler(build_sampler(args, checkpoints[0], ode_method="euler"), network)
-    if sampler.num_steps == 1:
+    if args.sampling_method and sampler.num_steps == 1:
         raise ValueError(
             f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
         )
@@ -97,12 +116,12 @@ def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchP
 
 
 def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    """They must be trained for the same thing on the same latents; their sizes are the network's to compare."""
+    """They must be trained for the same thing on the same latents, and be of one size but for their attention."""
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        for what in ("objective", "codec"):
-            a, b = getattr(first, what), getattr(other, what)
-            if a and b and a != b:
+        for what, of in COMMON.items():
+            a, b = of(first), of(other)
+            if a != b:
                 raise ValueError(f"{other.path} has {what} {b}, {first.path} has {a}: models that take turns must share it")
 
 

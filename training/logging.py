@@ -29,8 +29,10 @@ def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace) -> No
         try:
             tracker.start()
         except Exception as error:  # wandb raises errors of its own kinds, for a wrong key or an absent network
+            if tracker.name != "wandb":
+                raise
             raise ValueError(
-                f"--{tracker.name} could not be started: {first_line(error)}; set WANDB_MODE=offline, or leave --wandb out"
+                f"--wandb could not be started: {first_line(error)}; check the key and the network, or set WANDB_MODE=offline"
             ) from error
 
 

@@ -1,5 +1,6 @@
 """What a network is trained to predict: the noise of Gaussian diffusion, or a transport's velocity. Any network, either one."""
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 from diffusion import GaussianDiffusion, create_diffusion
@@ -7,10 +8,20 @@ from diffusion.timesteps import SAMPLERS, ContinuousSampler, UniformSampler
 from diffusion.transport import Transport, create_transport
 from diffusion.transport.paths import PATHS
 from diffusion.transport.transport import LOSS_WEIGHTS, PREDICTIONS
+from models.registry import FAMILIES, model_config
 from runtime.cli import ArgumentParser, non_negative_float
 
 OBJECTIVES = ("gaussian", "transport")
-DEFAULT_TIMESTEP_SAMPLER, DEFAULT_MIN_SNR_GAMMA = "loss-second-moment", 5.0  # the EDT paper's
+DEFAULTS = {
+    "gaussian": {"timestep_sampler": "loss-second-moment", "min_snr_gamma": 5.0},  # the EDT paper's
+    "transport": {
+        "path_type": "Linear",
+        "prediction": "velocity",
+        "loss_weight": "None",
+        "train_eps": None,
+        "sample_eps": None,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,11 @@ def add_objective_arguments(parser: ArgumentParser) -> None:
         choices=OBJECTIVES,
         help="gaussian: noise prediction in 1000 steps; transport: a path from noise to data (default: transport for SiT)",
     )
-    group.add_argument(
-        "--timestep-sampler", choices=tuple(SAMPLERS), help=f"gaussian only (default: {DEFAULT_TIMESTEP_SAMPLER})"
-    )
+    group.add_argument("--timestep-sampler", choices=tuple(SAMPLERS), help="gaussian only (default: loss-second-moment)")
     group.add_argument(
         "--min-snr-gamma",
         type=non_negative_float,
-        help=f"gaussian only: weigh the error by min(SNR, gamma)/SNR; 0 = no weight (default: {DEFAULT_MIN_SNR_GAMMA})",
+        help="gaussian only: weigh the error by min(SNR, gamma)/SNR; 0 = no weight (default: 5)",
     )
     group.add_argument("--path-type", choices=tuple(PATHS), help="transport only (default: Linear)")
     group.add_argument("--prediction", choices=PREDICTIONS, help="transport only (default: velocity)")
@@ -49,25 +58,25 @@ def add_objective_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def objective_name(args) -> str:
-    return args.objective or ("transport" if args.model.startswith("SiT") else "gaussian")
-
-
-def create_objective(args) -> Objective:
-    """From the flags of :func:`add_objective_arguments`. Raises ValueError for a flag of the other objective."""
-    name = objective_name(args)
-    foreign = {
-        "transport": ("timestep_sampler", "min_snr_gamma"),
-        "gaussian": ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps"),
-    }[name]
+def resolve_objective(parser: ArgumentParser, args: Namespace) -> None:
+    """Put the defaults in the place of what was not given, so that two command lines that mean the same are the same; a usage
+    error for a flag of the other objective."""
+    args.objective = args.objective or FAMILIES[type(model_config(args.model))].objective
+    foreign = DEFAULTS["gaussian" if args.objective == "transport" else "transport"]
     for flag in foreign:
         if getattr(args, flag) is not None:
-            raise ValueError(f"--{flag.replace('_', '-')} means nothing to --objective {name}: leave it out")
-    if name == "gaussian":
-        gamma = DEFAULT_MIN_SNR_GAMMA if args.min_snr_gamma is None else args.min_snr_gamma
-        sampler = SAMPLERS[args.timestep_sampler or DEFAULT_TIMESTEP_SAMPLER]()
-        return Objective(create_diffusion(min_snr_gamma=gamma or None), sampler, {"name": name})
-    transport = create_transport(
-        args.path_type or "Linear", args.prediction or "velocity", args.loss_weight, args.train_eps, args.sample_eps
-    )
-    return Objective(transport, ContinuousSampler(*transport.interval), {"name": name, **transport.describe()})
+            parser.error(f"--{flag.replace('_', '-')} means nothing to --objective {args.objective}: leave it out")
+    for flag, default in DEFAULTS[args.objective].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+    if args.loss_weight not in (None, "None") and args.prediction == "velocity":
+        parser.error(f"--loss-weight {args.loss_weight} is of --prediction noise or score, velocity has none: leave it out")
+
+
+def create_objective(args: Namespace) -> Objective:
+    """From the resolved flags of :func:`add_objective_arguments`."""
+    if args.objective == "gaussian":
+        mathematics = create_diffusion(min_snr_gamma=args.min_snr_gamma or None)
+        return Objective(mathematics, SAMPLERS[args.timestep_sampler](), {"name": "gaussian"})
+    transport = create_transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+    return Objective(transport, ContinuousSampler(*transport.interval), {"name": "transport", **transport.describe()})

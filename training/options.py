@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 
 from models import model_names
 from runtime.cli import (
@@ -16,7 +17,7 @@ from runtime.cli import (
     probability,
     seed,
 )
-from training.objective import add_objective_arguments
+from training.objective import add_objective_arguments, resolve_objective
 from training.optim import OPTIMIZERS
 
 
@@ -33,7 +34,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     run.add_argument("--results-dir", default="results", help="each run makes a folder <index>-<model> in it")
     run.add_argument("--seed", "--global-seed", type=seed, default=0, help="of weights, data order, timesteps, noise and masks")
     run.add_argument(
-        "--resume", metavar="auto|PATH", help="continue: auto = the last run of this model in --results-dir, if any"
+        "--resume", "--ckpt", metavar="auto|PATH", help="continue: auto = the last run of this model in --results-dir, if any"
     )
     run.add_argument("--init-from", metavar="CKPT", help="start from a checkpoint's EMA weights, with a fresh optimizer")
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network; weights stay fp32")
@@ -97,13 +98,27 @@ def _add_report_arguments(parser: ArgumentParser) -> None:
     reports.add_argument("--wandb-key", help="better: the variable WANDB_API_KEY, or wandb login; never stored or logged")
 
 
-def parse_training_arguments(parser: ArgumentParser, argv) -> Namespace:
+def parse_training_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """Parse, and refuse what does not go together. The W&B key goes into this process's environment and nowhere else."""
     args = parser.parse_args(argv)
     if args.resume and args.init_from:
         parser.error("--resume continues a run, --init-from starts a new one: use one of them")
+    if args.dummy is False and not (args.feature_path or args.data_path):
+        parser.error("--no-dummy names no data: give --feature-path or --data-path")
+    resolve_objective(parser, args)
     if args.wandb_key:
         os.environ["WANDB_API_KEY"] = args.wandb_key
-        sys.argv = [arg.replace(args.wandb_key, "***") for arg in sys.argv]  # W&B records the command line
+        sys.argv = _without_keys(sys.argv)  # W&B records the command line
     del args.wandb_key
     return args
+
+
+def _without_keys(argv: Sequence[str]) -> list[str]:
+    """The command line with every value of --wandb-key, in either form, replaced."""
+    hidden, follows = [], False
+    for arg in argv:
+        name, equals, _ = arg.partition("=")
+        is_key = name.replace("_", "-") == "--wandb-key"
+        hidden.append("***" if follows else f"{name}=***" if is_key and equals else arg)
+        follows = is_key and not equals
+    return hidden

@@ -2,10 +2,11 @@
 
 import dataclasses
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -16,7 +17,7 @@ from models import create_model
 from models.checkpoints import Checkpoint, describe, load_weights, read_checkpoint, warm_start
 from models.layers import compile_blocks
 from models.resolution import change_resolution
-from runtime.distributed import check_precision, my_share, note, start_training
+from runtime.distributed import check_precision, my_share, note, start_training, together
 from training.checkpoint import new_run_folder, read_resume
 from training.data import Batches, DataOrder
 from training.ema import EMA
@@ -49,11 +50,20 @@ def prepare_run(args: Namespace, state: PartialState) -> Run:
     torch.manual_seed(args.seed)
     model = new_model(args, source, num_classes, objective)
     mask_places = _mask_places(args, model)
-    init = read_init(args, source)
-    folder, resumed = find_folder(args, state)  # last: a mistake must not leave an empty run behind
+    facts = _facts(args, model, source, objective)
+    found = find_run(args, facts)
+    if found:
+        load_weights(model, found.state["model"], found.folder)
+    else:
+        start_weights(args, model, source)
+    # Only now, so that a mistake leaves no empty run behind.
+    folder = found.folder if found else _new_folder(args, state)
     accelerator = start_training(args.precision)
-    open_trackers(accelerator, folder, args)
-    ema = _place(args, accelerator, model, resumed, init)
+    with together():
+        open_trackers(accelerator, folder, args)
+    ema = EMA(model.to(accelerator.device), args.ema_decay)
+    if found:
+        load_weights(ema.model, found.state["ema"], found.folder)
     if args.compile:
         compile_blocks(model)
     optimizer = create_optimizer(args.optimizer, model.parameters(), args.init_lr, args.weight_decay)
@@ -76,9 +86,9 @@ def prepare_run(args: Namespace, state: PartialState) -> Run:
     batches = Batches(
         source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
     )  # fmt: skip
-    run = Run(train_step, batches, _schedule(args, order), folder, _facts(args, model, source, objective))
-    if resumed:
-        run.restore(resumed)
+    run = Run(train_step, batches, _schedule(args, order), folder, facts)
+    if found:
+        run.restore(found.state)
     return run
 
 
@@ -110,8 +120,7 @@ def new_model(args: Namespace, source: Source, num_classes: int, objective: Obje
     """The named model for these latents, with fresh weights."""
     channels, side, _ = source.latent_shape
     settings = {"input_size": side, "in_channels": channels, "num_classes": num_classes}
-    is_sit = args.model.startswith("SiT")
-    if is_sit:
+    if args.model.startswith("SiT"):
         # Gaussian diffusion also learns the variance, which a transport does not have.
         settings |= {"mediator_num": args.mediator_num, "mediator_layers": args.mediator_layers}
         settings["keep_sigma"] = objective.facts["name"] == "gaussian"
@@ -129,15 +138,30 @@ def _mask_places(args: Namespace, model: nn.Module) -> tuple | None:
     return model.config.mask_places
 
 
-def read_init(args: Namespace, source: Source) -> Checkpoint | None:
-    """The checkpoint to start from: as it is, or brought to the resolution of the data."""
-    if args.init_from:
-        return read_checkpoint(args.init_from)
-    path = getattr(args, "resume_ckpt_low_resolution", None)
-    if path is None:
-        return None
+def start_weights(args: Namespace, model: nn.Module, source: Source) -> None:
+    """Put the weights of a checkpoint into a fresh model, where the flags name one: as they are, or brought to the resolution
+    of the data."""
+    low = getattr(args, "resume_ckpt_low_resolution", None)
+    if low:
+        checkpoint = _raised(low, source.latent_shape[1])
+    elif args.init_from:
+        checkpoint = read_checkpoint(args.init_from)
+    elif getattr(args, "needs_low_resolution", False):
+        raise ValueError("--resume-ckpt-low-resolution is missing: the checkpoint to start from (there is no run to resume)")
+    else:
+        return
+    held = getattr(checkpoint.config, "mediator_num", None)
+    if held != args.mediator_num:
+        raise ValueError(
+            f"--mediator-num {args.mediator_num or '(none)'}: {checkpoint.path} has {held or 'none'}; give the same"
+        )
+    if not warm_start(model, checkpoint):
+        note(f"{checkpoint.path} has another number of classes: the label table starts afresh")
+
+
+def _raised(path: str, side: int) -> Checkpoint:
+    """The checkpoint for latents of that side. Raises ValueError unless it comes from smaller ones."""
     checkpoint = read_checkpoint(path)
-    side = source.latent_shape[1]
     if checkpoint.config.input_size >= side:
         raise ValueError(
             f"--resume-ckpt-low-resolution {path} is of latents {checkpoint.config.input_size} wide, the data's are {side}: "
@@ -149,36 +173,39 @@ def read_init(args: Namespace, source: Source) -> Checkpoint | None:
     return dataclasses.replace(checkpoint, state=state, config=config)
 
 
-def find_folder(args: Namespace, state: PartialState) -> tuple[Path, dict | None]:
-    """The run's folder, new or resumed, and the checkpoint it continues from. The folder is made by one process."""
+@dataclass(frozen=True)
+class Found:
+    """A run to go on with, and the content of its checkpoint."""
+
+    folder: Path
+    state: dict
+
+
+def find_run(args: Namespace, facts: dict) -> Found | None:
+    """What ``--resume`` says. Raises ValueError for a run begun otherwise."""
     found = read_resume(args.resume, args.results_dir, args.model) if args.resume else None
-    if found:
-        _refuse_other_flags(args, found[1]["args"])
-    state.wait_for_everyone()  # before a new folder appears that another process might take for a resumable run
-    folder = [None]
-    if state.is_main_process:
-        folder = [found[0] if found else new_run_folder(args.results_dir, args.model)]
-    return Path(broadcast_object_list(folder)[0]), found[1] if found else None
-
-
-def _refuse_other_flags(args: Namespace, before: dict) -> None:
-    pairs = [(name, before.get(name), getattr(args, name)) for name in FIXED_FLAGS]
+    if found is None:
+        return None
+    folder, state = found
+    pairs = [(name, state["args"][name], getattr(args, name)) for name in FIXED_FLAGS if name in state["args"]]
     changed = [f"--{name.replace('_', '-')} {old} -> {new}" for name, old, new in pairs if old != new]
     if changed:
         raise ValueError(f"--resume {args.resume}: the run was begun with other flags ({', '.join(changed)}): give the same")
+    for what in ("scale", "image_size"):
+        old, new = (config["codec"].get(what) for config in (state["config"], facts["config"]))
+        if old != new:
+            raise ValueError(f"--resume {args.resume}: the run was begun on latents of {what} {old}, these have {new}")
+    return Found(folder, state)
 
 
-def _place(args: Namespace, accelerator: Accelerator, model: nn.Module, resumed: dict | None, init: Checkpoint | None) -> EMA:
-    """Put the weights the run starts from into the model, the model on its device, and average from there."""
-    if resumed:
-        load_weights(model, resumed["model"], args.resume)
-    elif init and not warm_start(model, init):
-        accelerator.print(f"{init.path} has another number of classes: the label table starts afresh")
-    model.to(accelerator.device)
-    ema = EMA(model, args.ema_decay)
-    if resumed:
-        load_weights(ema.model, resumed["ema"], args.resume)
-    return ema
+def _new_folder(args: Namespace, state: PartialState) -> Path:
+    """Made by one process."""
+    state.wait_for_everyone()  # before a new folder appears that another process might take for a resumable run
+    folder = [None]
+    with together():
+        if state.is_main_process:
+            folder = [new_run_folder(args.results_dir, args.model)]
+    return Path(broadcast_object_list(folder)[0])
 
 
 def _schedule(args: Namespace, order: DataOrder) -> Schedule:

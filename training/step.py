@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion
-from diffusion.timesteps import UniformSampler
+from diffusion.timesteps import ContinuousSampler, UniformSampler
 from diffusion.transport import Transport
 from runtime.draws import Purpose, uniforms
 from training.data import Batch
@@ -33,7 +33,7 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer
     ema: EMA
     diffusion: GaussianDiffusion | Transport
-    timestep_sampler: UniformSampler
+    timestep_sampler: UniformSampler | ContinuousSampler
     seed: int
     global_batch_size: int
     share: Sequence[int]
