@@ -9,21 +9,22 @@ run measured.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
+from torch import Tensor
 
-from diffusion.guidance import ClassifierFreeGuidance
-from models.stepwise import DISTANCES, StageTracker, StepwiseNetwork, SwitchPolicy
+from data.codec import PixelCodec
+from models.stepwise import DISTANCES, StageTracker, SwitchPolicy
 from runtime import cli
-from runtime.distributed import start
-from runtime.draws import Purpose, normals
-from sampling.generate import label_source
-from sampling.options import Pipeline, add_sampling_arguments, add_transport_arguments
-from sampling.switching import add_stage_arguments, gmacs, read_stages, switching_pipeline
+from runtime.distributed import autocast_dtype, start
+from sampling.generate import generate, label_source
+from sampling.options import add_sampling_arguments, add_transport_arguments, read_guidance
+from sampling.samplers import SwitchingSampler
+from sampling.switching import Switching, add_stage_arguments, build_switching, gmacs, read_stages
 
 ROUNDS = 4  # each solves for ratios on the trajectories of the one before: these change a little with the models used
 TOLERANCE = 0.005  # of the budget
@@ -35,7 +36,8 @@ def parse(argv: Sequence[str] | None):
     add_stage_arguments(parser)
     add_sampling_arguments(parser, ckpt=False)
     parser.add_argument("--budget-gmac", type=cli.positive_float, required=True, help="GMAC a network call, on average")
-    parser.add_argument("--num-samples", type=cli.positive_int, default=16, help="images of each run, in one batch")
+    parser.add_argument("--num-samples", type=cli.positive_int, default=16, help="images of each run")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=16, help="images at once")
     args = parser.parse_args(argv)
     return args, read_stages(parser, args)
 
@@ -91,48 +93,71 @@ def ratio_for(trajectories: Trajectories, wanted: float, first_several_num: int)
     return float(min(near, key=lambda ratio: abs(calls_before(trajectories, ratio, first_several_num) - wanted)))
 
 
-@torch.inference_mode()
-def record(args: Namespace, pipeline: Pipeline) -> Trajectories:
-    """Sample the first images of ``--seed`` and watch."""
-    network, ids, config = pipeline.model, list(range(args.num_samples)), pipeline.checkpoint.config
-    shape = (config.in_channels, config.input_size, config.input_size)
-    device = next(network.parameters()).device
-    model = ClassifierFreeGuidance(network, pipeline.guidance.scale, config.num_classes, pipeline.guidance.channels)
-    labels = label_source("random", config.num_classes, args.seed, args.num_samples)
-    y = torch.tensor([labels(i) for i in ids], device=device)
-    noise = normals(args.seed, Purpose.SAMPLE_NOISE, ids, 0, shape).to(device)
-    distance = DISTANCES[args.distance_func]
-    previous, distances, calls = None, [], []
-    with torch.autocast(device.type, pipeline.autocast_dtype, enabled=pipeline.autocast_dtype is not None):
-        for k, out in enumerate(
-            pipeline.sampler(model, noise, y, lambda k: normals(args.seed, Purpose.SAMPLE_NOISE, ids, k, shape)), start=1
-        ):
-            calls.append(int(network.calls[0].sum()))
-            if previous is not None and k <= pipeline.sampler.num_solver_steps:
-                distances.append(distance(out["sample"] - previous).flatten(1).mean(1).cpu())
+@dataclass(frozen=True)
+class WatchedSampler:
+    """A switching sampler whose last dict also holds changes (B, T - 1), the distances of neighbouring states, and
+    calls_by_step (B, steps), the network calls in each step."""
+
+    inner: SwitchingSampler
+
+    @property
+    def num_steps(self) -> int:
+        return self.inner.num_steps
+
+    def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
+        network, previous, changes, calls = self.inner.network, None, [], []
+        distance = DISTANCES[network.tracker.policy.distance]
+        for k, out in enumerate(self.inner(model, noise, y, step_noise), start=1):
+            calls.append(network.calls.sum(1))
+            if previous is not None and k <= self.inner.num_solver_steps:
+                changes.append(distance(out["sample"] - previous).flatten(1).mean(1))
             previous = out["sample"].clone()
-    changes = torch.stack(distances, dim=1).double().numpy()
+            if k == self.num_steps:
+                by_step = torch.stack(calls, dim=1).diff(dim=1, prepend=torch.zeros(len(noise), 1, dtype=torch.long))
+                out |= {"changes": torch.stack(changes, dim=1), "calls_by_step": by_step, "calls": network.calls}
+            yield out
+
+
+def record(args: Namespace, switching: Switching) -> Trajectories:
+    """Sample the first images of ``--seed`` and watch; nobody looks at the images."""
+    labels = label_source("random", switching.network.config.num_classes, args.seed, args.num_samples)
+    batches = generate(
+        switching.network,
+        WatchedSampler(switching.sampler),
+        PixelCodec(torch.device("cpu")),
+        range(args.num_samples),
+        labels=labels,
+        seed=args.seed,
+        guidance=read_guidance(args),
+        batch_size=args.batch_size,
+        autocast_dtype=autocast_dtype(args.precision),
+    )
+    records = [batch.records for batch in batches]
+    changes, by_step, calls = (
+        torch.cat([entry[name] for entry in records]).double().numpy() for name in ("changes", "calls_by_step", "calls")
+    )
     changes /= changes[:, : args.first_several_num].mean(1, keepdims=True)
-    per_step = np.diff([0, *calls])
-    per_step = np.append(per_step, 0) if len(per_step) == pipeline.sampler.num_solver_steps else per_step
-    return Trajectories(changes, per_step, (network.calls.sum(0) / network.calls.sum()).numpy())
+    by_step = by_step[0]  # the same for all: only who is called differs
+    if len(by_step) == switching.sampler.num_solver_steps:
+        by_step = np.append(by_step, 0)
+    return Trajectories(changes, by_step, calls.sum(0) / calls.sum())
 
 
-def calibrate(args: Namespace, pipeline: Pipeline) -> tuple[tuple[float, ...], Trajectories]:
+def calibrate(args: Namespace, switching: Switching) -> tuple[tuple[float, ...], Trajectories]:
     """The ratios whose run came nearest to the budget, and that run."""
-    network: StepwiseNetwork = pipeline.model
-    cost, first = gmacs(network), args.first_several_num
-    wanted = np.cumsum(share_of_calls(cost, args.budget_gmac))[:-1]
-    if pipeline.sampler.num_solver_steps - 1 <= first:
+    cost, first = gmacs(switching.network), args.first_several_num
+    if switching.sampler.num_solver_steps - 1 <= first:
         raise ValueError(
             f"--num-sampling-steps {args.num_sampling_steps} leaves no step to switch at after --first-several-num {first}"
         )
+    wanted = np.cumsum(share_of_calls(cost, args.budget_gmac))[:-1]
     best = None
-    trajectories = record(args, pipeline)  # with the policy it was built with, which never switches
+    trajectories = record(args, switching)  # with the policy it was built with, which never switches
     for _ in range(ROUNDS):
         ratios = tuple(ratio_for(trajectories, share, first) for share in wanted)
-        network.tracker = StageTracker(SwitchPolicy(ratios=ratios, first_several_num=first, distance=args.distance_func))
-        trajectories = record(args, pipeline)
+        policy = SwitchPolicy(ratios=ratios, first_several_num=first, distance=args.distance_func)
+        switching.network.tracker = StageTracker(policy)
+        trajectories = record(args, switching)
         error = abs(trajectories.share @ cost / args.budget_gmac - 1)
         if best is None or error < best[0]:
             best = error, ratios, trajectories
@@ -143,24 +168,23 @@ def calibrate(args: Namespace, pipeline: Pipeline) -> tuple[tuple[float, ...], T
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, stages = parse(argv)
-    never = SwitchPolicy(
-        ratios=(1e-30,) * (len(stages) - 1), first_several_num=args.first_several_num, distance=args.distance_func
-    )
+    never = (1e-30,) * (len(stages) - 1)
+    policy = SwitchPolicy(ratios=never, first_several_num=args.first_several_num, distance=args.distance_func)
     state = start()
     if state.num_processes > 1:
         raise ValueError("sampling.calibrate_switch runs as one process: a few images suffice")
-    pipeline = switching_pipeline(args, stages, never, state.device)
-    ratios, run = calibrate(args, pipeline)
-    cost = gmacs(pipeline.model)
+    switching = build_switching(args, stages, policy, state.device)
+    ratios, run = calibrate(args, switching)
+    cost = gmacs(switching.network)
     print(f"{'model':>7}{'GMAC a call':>13}{'share of calls':>16}")
     for i, (gmac, share) in enumerate(zip(cost, run.share, strict=True), start=1):
-        print(f"{i:>7}{gmac:>13.3f}{share:>16.1%}")
+        print(f"{i:>7}{gmac:>13.4g}{share:>16.1%}")
     print(f"measured on {args.num_samples} images: {run.share @ cost:.4g} GMAC a call, wanted {args.budget_gmac:.4g}")
     if len(ratios) == 2:
-        print(f"--switch_ratio1 {ratios[0]:.4g} --switch_ratio2 {ratios[1]:.4g}", end=" ")
+        flags = f"--switch_ratio1 {ratios[0]:.4g} --switch_ratio2 {ratios[1]:.4g}"
     else:
-        print("--switch-ratios", *(f"{ratio:.4g}" for ratio in ratios), end=" ")
-    print(f"--first_several_num {args.first_several_num} --distence_func {args.distance_func}")
+        flags = " ".join(["--switch-ratios", *(f"{ratio:.4g}" for ratio in ratios)])
+    print(f"{flags} --first_several_num {args.first_several_num} --distence_func {args.distance_func}")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,6 @@ def build_pipeline(args: Namespace, device: torch.device) -> Pipeline:
 def assemble(args: Namespace, checkpoint: Checkpoint, model: nn.Module, sampler: Sampler, device: torch.device) -> Pipeline:
     """checkpoint: says which codec decodes. model: on the device, in eval mode."""
     codec = find_codec(args.vae, checkpoint, device)
-    guidance = Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None)
     settings = {
         "weights": args.weights,
         "codec": codec.name,
@@ -141,7 +140,11 @@ def assemble(args: Namespace, checkpoint: Checkpoint, model: nn.Module, sampler:
         **sampler.settings,
         "precision": args.precision,
     }
-    return Pipeline(checkpoint, model, sampler, codec, guidance, autocast_dtype(args.precision), settings)
+    return Pipeline(checkpoint, model, sampler, codec, read_guidance(args), autocast_dtype(args.precision), settings)
+
+
+def read_guidance(args: Namespace) -> Guidance:
+    return Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None)
 
 
 def find_codec(name: str | None, checkpoint: Checkpoint, device: torch.device) -> Codec:

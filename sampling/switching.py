@@ -89,7 +89,24 @@ def read_ratios(parser: ArgumentParser, args: Namespace, num_stages: int) -> tup
     return tuple(ratios)
 
 
+@dataclass(frozen=True)
+class Switching:
+    """checkpoint: the first one."""
+
+    checkpoint: Checkpoint
+    network: StepwiseNetwork
+    sampler: SwitchingSampler
+
+
 def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchPolicy, device: torch.device) -> Pipeline:
+    """:func:`build_switching`, with what turns latents into images."""
+    switching = build_switching(args, stages, policy, device)
+    pipeline = assemble(args, switching.checkpoint, switching.network, switching.sampler, device)
+    pipeline.settings["checkpoints_sha256"] = [file_sha256(stage.path) for stage in stages]
+    return pipeline
+
+
+def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPolicy, device: torch.device) -> Switching:
     """Raises ValueError for checkpoints that do not fit one another or the flags."""
     check_precision(args.precision, device)
     checkpoints = [read_checkpoint(stage.path, args.weights) for stage in stages]
@@ -110,9 +127,7 @@ def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchP
         raise ValueError(
             f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
         )
-    pipeline = assemble(args, checkpoints[0], network, sampler, device)
-    pipeline.settings["checkpoints_sha256"] = [file_sha256(stage.path) for stage in stages]
-    return pipeline
+    return Switching(checkpoints[0], network, sampler)
 
 
 def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:

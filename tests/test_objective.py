@@ -1,6 +1,7 @@
 """Any network with either mathematics: trained, resumed, and sampled by what the checkpoint says."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,15 @@ import torch
 
 import sample_ddp
 import train_mask_adan
-from attention_mediator import sample_ddp as mediator_sample
 from attention_mediator import train as mediator_train
-from diffusion.transport import create_transport
-from models import create_model
-from models.checkpoints import read_checkpoint
+from data.codec import load_codec
+from diffusion.transport import Sampler, create_transport
+from models.checkpoints import build_model, read_checkpoint
+from runtime.draws import Purpose, normals
 from tests.launch import run_script
+from tests.sit_checkpoints import TRANSPORT, grey_levels, random_checkpoint, sample
 from tests.test_training import assert_same_state, final_state
 from training.checkpoint import checkpoint_files
-
-TRANSPORT = {"name": "transport", "path_type": "Linear", "prediction": "velocity"}
 
 
 def argv(store: Path, results: Path, model: str, *extra: str) -> list[str]:
@@ -106,38 +106,9 @@ def test_dummy_data(tmp_path):
     assert checkpoint.config.num_classes == 7 and checkpoint.codec["name"] == "pixels"
 
 
-def random_checkpoint(path: Path, *, objective: dict = TRANSPORT, seed: int = 0, **settings) -> Path:
-    """A SiT-Ti/2 whose every block contributes."""
-    from models.checkpoints import describe
-
-    torch.manual_seed(seed)
-    model = create_model("SiT-Ti/2", **settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    config = describe(
-        "SiT-Ti/2", model.config, codec={"name": "pixels", "scale": 1.0, "image_size": 16}, class_names=(), objective=objective
-    )
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "config": config, "step": 1}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("sit") / "sit.pt", mediator_num=4)
-
-
-def sample(mode: str, checkpoint: Path, folder: Path, *extra: str) -> np.ndarray:
-    mediator_sample.main(
-        [mode, "--ckpt", str(checkpoint), "--sample-dir", str(folder), "--num-fid-samples", "5", "--num-sampling-steps", "6",
-         "--per-proc-batch-size", "3", *extra]
-    )  # fmt: skip
-    return np.load(folder / "samples_5x16x16x3.npz")["arr_0"]
-
-
-def grey_levels(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.mark.parametrize(
@@ -173,11 +144,6 @@ def test_process_count_does_not_change_an_image(checkpoint, tmp_path):
 
 def test_images_are_what_the_library_gives(checkpoint, tmp_path):
     """One image through Sampler.sample_sde, as a user of the published interface would call it."""
-    from data.codec import load_codec
-    from diffusion.transport import Sampler
-    from models.checkpoints import build_model
-    from runtime.draws import Purpose, normals
-
     images = sample("SDE", checkpoint, tmp_path)
     labels = np.load(tmp_path / "samples_5x16x16x3.npz")["arr_1"]
     model = build_model(read_checkpoint(checkpoint))
@@ -191,8 +157,6 @@ def test_images_are_what_the_library_gives(checkpoint, tmp_path):
 
 def test_a_published_checkpoint_needs_no_flags(tmp_path):
     """{"ema": ..., "args": Namespace} without a config: sizes from the keys, objective and path as published."""
-    from argparse import Namespace
-
     content = torch.load(random_checkpoint(tmp_path / "ours.pt", mediator_num=16), weights_only=True)
     torch.save({"ema": content["ema"], "args": Namespace(model="SiT-Ti/2")}, tmp_path / "published.pt")
     ours = sample("SDE", tmp_path / "ours.pt", tmp_path / "a")

@@ -1,6 +1,7 @@
 """Step-wise switching as the scripts do it: from checkpoints to images and switch_steps.csv."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from models.macs import multiply_accumulates
 from sampling import calibrate_switch
 from sampling.calibrate_switch import Trajectories, calls_before, ratio_for, share_of_calls
 from tests.launch import run_script
-from tests.test_objective import grey_levels, random_checkpoint, sample
+from tests.sit_checkpoints import grey_levels, random_checkpoint, sample
 from time_step_wise_adjusting import sample_ddp_three
 
 NAME = "samples_6x16x16x3.npz"
@@ -145,8 +146,6 @@ def test_calibration_meets_the_budget(checkpoints, tmp_path, capsys):
 )
 def test_bad_input(checkpoints, tmp_path, fails, extra, message):
     error = fails(sample_ddp_three.main, "SDE", *argv(checkpoints, tmp_path / "out"), *extra)
-    import re
-
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
 
@@ -159,7 +158,7 @@ def test_models_that_do_not_go_together(checkpoints, tmp_path, fails):
             tmp_path / "path.pt", mediator_num=16, objective={"name": "transport", "path_type": "GVP", "prediction": "velocity"}
         ),
     }
-    words = {"another size": "input_size", "classes": "num_classes", "another path": "objective"}
+    words = {"another size": "input_size", "classes": "num_classes", "another path": "path_type"}
     for what, path in other.items():
         error = fails(sample_ddp_three.main, "SDE", *argv([*checkpoints[:2], path], tmp_path / "out"))
         assert words[what] in error, error
