@@ -7,9 +7,7 @@ import copy
 import functools
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from benchmarks.products import record_products
 from benchmarks.reference import with_plain_attention
 from benchmarks.report import device_name, environment, table, write_section
 from benchmarks.timing import Case, Result, measure, time_ratio
+from data.sources import DummySource
 from diffusion import create_diffusion
 from diffusion.timesteps import LossSecondMomentSampler
 from models import create_model, model_names
@@ -120,25 +119,12 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class RandomLatents:
-    """A latent store without files: as many random images as are asked for."""
-
-    latent_shape: tuple[int, int, int]
-    labels: np.ndarray
-    has_flip: bool = False
-    needs_noise: bool = False
-
-    def rows(self, indices: np.ndarray, flip: None, posterior: None) -> Tensor:
-        return torch.randn(len(indices), *self.latent_shape, generator=torch.Generator().manual_seed(SEED))
-
-
 def training_cases(args, accelerator: Accelerator) -> list[Case]:
     """One step on the masked pair of passes: as it is, with one pass after the other, and that with plain attention."""
     network = randomized(create_model(args.model))
     config, b = network.config, args.train_batch_size
-    store = RandomLatents((config.in_channels, config.input_size, config.input_size), np.arange(b) % config.num_classes)
-    batches = Batches(store, DataOrder(b, b, SEED), range(b), null_label=config.num_classes, mask_places=config.mask_places)
+    source = DummySource(b, config.num_classes, (config.in_channels, config.input_size, config.input_size))
+    batches = Batches(source, DataOrder(b, b, SEED), range(b), null_label=config.num_classes, mask_places=config.mask_places)
     batch = batches(0)  # made beforehand: training makes it in a thread, one step ahead
     plain = training_step(with_plain_attention(network), b, accelerator)
     together = training_step(network, b, accelerator)

@@ -18,11 +18,12 @@ from models.layers import (
     AdaLN,
     Block,
     FinalLayer,
+    GuidedNetwork,
     LabelEmbedder,
     PatchEmbed,
     TimestepEmbedder,
+    check_latents,
     fixed_table,
-    guide,
     init_weights,
     modulate,
     normalize,
@@ -215,7 +216,7 @@ class ConcatLayer(nn.Module):
         return self.cat(modulate(normalize(torch.cat([x, skip], dim=2)), shift, scale)) + self.pos_embed
 
 
-class EDT(nn.Module):
+class EDT(GuidedNetwork):
     """See :meth:`forward`. amm: the blocks whose attention is modulated in eval mode, or None."""
 
     def __init__(self, config: EDTConfig, amm: AMM | None = None):
@@ -250,9 +251,7 @@ class EDT(nn.Module):
         Returns (B, C_out, S, S). Raises ValueError for inputs or masks of another size than the model's.
         """
         config = self.config
-        if x.shape[1:] != (config.in_channels, config.input_size, config.input_size):
-            expected = (config.in_channels, config.input_size, config.input_size)
-            raise ValueError(f"the model takes latents of shape {expected}, got {tuple(x.shape[1:])}")
+        check_latents(x, config)
         early_keep, *down_keeps = self._split_masks(keep_masks, len(x))
         c = self.t_embedder(t) + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
@@ -280,14 +279,3 @@ class EDT(nn.Module):
         if shapes != expected:
             raise ValueError(f"this model takes keep masks of shapes {expected}, got {shapes}")
         return keep_masks if len(expected) == 3 else (None, *keep_masks)
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
-        """Classifier-free guidance. x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.
-
-        channels: guide the first 3 (as published) or, with None, all channels. Returns (2B, C_out, S, S), guided in both
-        halves.
-        """
-        half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
-        # The variance channels are never guided: they are no prediction of the noise.
-        return guide(out.float(), cfg_scale, self.config.in_channels if channels is None else channels)

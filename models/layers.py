@@ -154,6 +154,20 @@ def guide(out: Tensor, scale: float | Tensor, channels: int | None = 3) -> Tenso
     return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
 
 
+class GuidedNetwork(nn.Module):
+    """A network with a config and ``forward(x, t, y)``, under classifier-free guidance."""
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
+        """x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.
+
+        channels: guide the first 3 (as published) or, with None, all channels; never the variance, which is no prediction of
+        the noise. Returns (2B, C_out, S, S), guided in both halves.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        return guide(out.float(), cfg_scale, self.config.in_channels if channels is None else channels)
+
+
 def check_latents(x: Tensor, config) -> None:
     """Raises ValueError unless x is (B, C, S, S) with the config's in_channels and input_size."""
     expected = (config.in_channels, config.input_size, config.input_size)

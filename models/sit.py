@@ -4,7 +4,6 @@ with Scalable Interpolant Transformers"), with plain attention or with attention
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from models.amm import AMM
@@ -12,12 +11,12 @@ from models.attention import Attention, BiasedAttention
 from models.layers import (
     Block,
     FinalLayer,
+    GuidedNetwork,
     LabelEmbedder,
     PatchEmbed,
     TimestepEmbedder,
     check_latents,
     fixed_table,
-    guide,
     init_weights,
 )
 from models.mediators import MediatorAttention, mediator_side
@@ -148,7 +147,7 @@ def _usual_heads(width: int) -> int:
     return width // HEAD_DIM
 
 
-class SiT(nn.Module):
+class SiT(GuidedNetwork):
     """See :meth:`forward`. amm: blocks with plain attention whose attention is modulated in eval mode, or None."""
 
     def __init__(self, config: SiTConfig, amm: AMM | None = None):
@@ -187,13 +186,3 @@ class SiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, block.attn.score_bias())
         return self.final_layer(x, c)[:, : self.config.out_channels]
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
-        """Classifier-free guidance. x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.
-
-        channels: guide the first 3 (as published) or, with None, all channels (never the variance). Returns (2B, C_out, S, S),
-        guided in both halves.
-        """
-        half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
-        return guide(out.float(), cfg_scale, self.config.in_channels if channels is None else channels)
