@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import inference
 import sample_ddp
 import train_mask_adan
 from attention_mediator import train as mediator_train
@@ -58,7 +60,9 @@ def test_any_network_with_either_objective(latent_store, tmp_path, model, object
 
 
 def test_the_default_objective_follows_the_model(latent_store, tmp_path):
-    train_mask_adan.main(argv(latent_store, tmp_path, "SiT-Ti/2", "--max-steps", "1"))
+    grids = ("--sample-every", "1", "--sample-steps", "2", "--cfg-scale", "2")
+    train_mask_adan.main(argv(latent_store, tmp_path, "SiT-Ti/2", "--max-steps", "1", *grids))
+    assert [path.name for path in tmp_path.glob("*/samples/*.png")] == ["0000001.png"]
     assert read_checkpoint(checkpoint_of(tmp_path)).objective.items() >= TRANSPORT.items()
 
 
@@ -155,6 +159,16 @@ def test_images_are_what_the_library_gives(checkpoint, tmp_path):
     assert grey_levels(load_codec("pixels").decode(latents)[0].numpy(), images[4]) <= 1
 
 
+def test_pictures_and_the_way_to_them(checkpoint, tmp_path):
+    inference.main(
+        ["--ckpt", str(checkpoint), "--classes", "1,7", "--per-class", "2", "--num-sampling-steps", "6", "--trajectory", "3",
+         "--out", str(tmp_path / "grid.png"), "--mode", "ODE", "--sampling-method", "heun"]
+    )  # fmt: skip
+    assert Image.open(tmp_path / "grid.png").size[1] == 2 * 64 + 2
+    width, height = Image.open(tmp_path / "grid-trajectory.png").size
+    assert height == 2 * 64 + 2 and width >= 3 * 64
+
+
 def test_a_published_checkpoint_needs_no_flags(tmp_path):
     """{"ema": ..., "args": Namespace} without a config: sizes from the keys, objective and path as published."""
     content = torch.load(random_checkpoint(tmp_path / "ours.pt", mediator_num=16), weights_only=True)
@@ -162,3 +176,20 @@ def test_a_published_checkpoint_needs_no_flags(tmp_path):
     ours = sample("SDE", tmp_path / "ours.pt", tmp_path / "a")
     published = sample("SDE", tmp_path / "published.pt", tmp_path / "b", "--vae", "pixels", "--mediator-num", "16")
     assert np.array_equal(ours, published)
+
+
+def test_wandb_goes_on_under_the_same_id(latent_store, tmp_path, monkeypatch, fresh_accelerate_state):
+    """Offline. A key given as --flag=KEY is in no file: W&B itself records the command line."""
+    key = "fedcba98" * 5
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    flags = argv(latent_store, tmp_path, "SiT-Ti/2", "--wandb", f"--wandb-key={key}", "--resume", "auto", "--ckpt-every", "1")
+    monkeypatch.setattr("sys.argv", ["attention_mediator/train.py", *flags])
+    for steps in ("1", "2"):
+        fresh_accelerate_state()
+        mediator_train.main([*flags, "--max-steps", steps])
+    (folder,) = tmp_path.glob("*-SiT-Ti-2")
+    runs = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len({name.split("-")[-1] for name in runs}) == 1
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path

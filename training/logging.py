@@ -2,6 +2,7 @@
 
 import json
 import sys
+import uuid
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace) -> No
     if args.wandb:
         project = args.wandb_project or "efficient-diffusion-transformers"
         name = args.wandb_name or folder.name
+        known = {"id": _wandb_id(folder), "resume": "allow"} if accelerator.is_main_process else {}
         accelerator.trackers.append(
-            WandBTracker(project, entity=args.wandb_entity, name=name, dir=str(folder), config=vars(args))
+            WandBTracker(project, entity=args.wandb_entity, name=name, dir=str(folder), config=vars(args), **known)
         )
     for tracker in accelerator.trackers:
         try:
@@ -34,6 +36,14 @@ def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace) -> No
             raise ValueError(
                 f"--wandb could not be started: {first_line(error)}; check the key and the network, or set WANDB_MODE=offline"
             ) from error
+
+
+def _wandb_id(folder: Path) -> str:
+    """W&B's name for the run in this folder, so that a resumed run goes on under it."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
 
 
 class RunLog:
