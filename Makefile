@@ -1,5 +1,5 @@
-# make demo | demo-mediators | test | test-tf | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything else goes into
-# .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
+# make demo | demo-mediators | test | test-tf | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything
+# else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TF_BIN := .venv-tf/bin
@@ -47,9 +47,10 @@ demo: $(D)/samples.png $(D)/samples_amm.png $(D)/reference.npz $(D)/sampled $(D)
 	@for kind in plain amm; do echo "== evaluator, $$kind"; \
 		$(BIN)/python evaluations/evaluator.py $(D)/reference.npz $(D)/$$kind/samples_1000x16x16x3.npz --features pixels; done
 	$(BIN)/python examples/digits.py report --data $(D)/digits --samples $(D)/plain/samples_1000x16x16x3.npz \
-		--samples-amm $(D)/amm/samples_1000x16x16x3.npz --run $(D)/runs/000-EDT-Ti-2 --out $(D)
+		--samples-amm $(D)/amm/samples_1000x16x16x3.npz --run "$$(dirname $$(dirname $(CKPT)))" --out $(D)
 
-CKPT := $(D)/runs/000-EDT-Ti-2/checkpoints/latest
+# By pattern: a run killed before its first checkpoint leaves a folder without one, and the next run is 001.
+CKPT := $(D)/runs/*-EDT-Ti-2/checkpoints/latest
 
 $(D)/prepared: | .venv/installed
 	$(BIN)/python examples/digits.py prepare $(D)/digits
@@ -87,24 +88,25 @@ $(D)/samples.png: | $(D)/trained
 $(D)/samples_amm.png: | $(D)/trained
 	$(PICTURES) --out $@ --amm True
 
-# The mediators' demo: three SiTs with 1, 4 and 16 mediators for an image's 64 tokens take turns while sampling, against the last
-# alone. Same data, stamps and short recipe as above; guidance of 1.5, since 1,200 steps leave some unguided digits ill-formed.
+# The mediators' demo: three SiTs with 1, 4 and 16 mediators for an image's 64 tokens take turns in sampling, against the last
+# alone. Same data, stamps and short recipe as above; guidance of 1.5, since 1,000 steps leave some unguided digits ill-formed.
 MEDIATORS := 1 4 16
-SIT_CKPT = $(D)/sit$(1)/000-SiT-Ti-2/checkpoints/latest
+SIT_CKPT = $(D)/sit$(1)/*-SiT-Ti-2/checkpoints/latest
 STAGES = --ckpt1 $(call SIT_CKPT,1) --ckpt2 $(call SIT_CKPT,4) --ckpt3 $(call SIT_CKPT,16)
 SDE = SDE --cfg-scale 1.5 --num-sampling-steps 50
 SIT_SAMPLES = --num-fid-samples 500 --per-proc-batch-size 250 --labels balanced
-BUDGET_GMAC := 0.02986 # a call: midway between the 0.02913 of 1 mediator and the 0.03060 of 16
+# A network call, on average: midway between the 0.02913 of 1 mediator and the 0.03060 of 16.
+BUDGET_GMAC := 0.02986
 
 demo-mediators: $(D)/sampled_switching $(D)/sampled_sit16
-	$(BIN)/python examples/digits.py report-switching --data $(D)/digits --samples $(D)/switching/samples_500x16x16x3.npz \
+	$(BIN)/python -m examples.switching --data $(D)/digits --samples $(D)/switching/samples_500x16x16x3.npz \
 		--samples-last $(D)/alone/samples_500x16x16x3.npz --switch-steps $(D)/switching/switch_steps.csv \
 		--ckpts $(foreach m,$(MEDIATORS),$(call SIT_CKPT,$(m))) --out $(D)
 
 $(MEDIATORS:%=$(D)/trained_sit%): $(D)/trained_sit%: | $(D)/extracted
 	$(TORCHRUN) attention_mediator/train.py --model SiT-Ti/2 --mediator-num $* --feature-path $(D)/features \
-		--results-dir $(D)/sit$* --resume auto --epochs 10000 --max-steps 1200 --global-batch-size 32 --lr 5e-3 \
-		--final-lr 1e-4 --lr-decay-steps 1200 --ema-decay 0.99 --log-every 100 --ckpt-every 300
+		--results-dir $(D)/sit$* --resume auto --epochs 10000 --max-steps 1000 --global-batch-size 32 --lr 5e-3 \
+		--final-lr 1e-4 --lr-decay-steps 1000 --ema-decay 0.99 --log-every 100 --ckpt-every 250
 	touch $@
 
 # Its last line holds the flags that meet the budget.

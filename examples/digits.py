@@ -64,8 +64,8 @@ def to_nearest(images: np.ndarray, training: np.ndarray) -> float:
     return float(np.median(np.sqrt(squared.clip(min=0).min(1))))
 
 
-def measure(data: Path, plain: Path, amm: Path) -> dict:
-    """All figures of the demo. plain, amm: sample files, made without and with AMM."""
+def measure(data: Path, samples: dict[str, Path]) -> dict:
+    """Figures of the real images, and of each file of samples under its name."""
     (train, train_labels), (held_out, held_out_labels) = read_folder(data / "train"), read_folder(data / "held_out")
     classifier = SVC(C=10).fit(train, train_labels)
     rng = np.random.default_rng(0)
@@ -75,7 +75,7 @@ def measure(data: Path, plain: Path, amm: Path) -> dict:
         "frechet_of_real_images": float(np.mean(real)),
         "median_distance_of_held_out_to_training": to_nearest(held_out, train),
     }
-    for name, path in (("plain", plain), ("amm", amm)):
+    for name, path in samples.items():
         images, labels = read_samples(path)
         frechet = distance(images[:HELD_OUT], held_out)
         figures[name] = {
@@ -87,22 +87,29 @@ def measure(data: Path, plain: Path, amm: Path) -> dict:
     return figures
 
 
+def quality_rows(figures: dict, first: str, second: str, agreement: str, frechet: str) -> list[tuple[str, float, float, str]]:
+    """Rows of a report's table: a title, both figures, and what is wanted of the first."""
+    floor = figures["median_distance_of_held_out_to_training"]
+    titles = (
+        ("samples the classifier reads as their label", "label_agreement", agreement),
+        ("Frechet distance / that of real images", "frechet_ratio", frechet),
+        ("median distance to nearest training image", "median_distance_to_training", f">= {floor:.2f}"),
+    )
+    return [(title, figures[first][key], figures[second][key], wanted) for title, key, wanted in titles]
+
+
+def print_table(figures: dict, columns: tuple[str, str], rows: list[tuple[str, float, float, str]]) -> None:
+    print(f"\nclassifier on held-out real digits: {figures['classifier_accuracy_on_held_out']:.3f}\n")
+    print(f"{'':45}{columns[0]:>10}{columns[1]:>10}   wanted of {columns[0]}")
+    for title, a, b, wanted in rows:
+        print(f"{title:45}{a:#10.4g}{b:#10.4g}   {wanted}".rstrip())
+
+
 def report(args: argparse.Namespace) -> None:
-    figures = measure(args.data, args.samples, args.samples_amm)
+    figures = measure(args.data, {"plain": args.samples, "amm": args.samples_amm})
     write_json(figures, args.out / "metrics.json")
     shutil.copyfile(args.run / "loss.png", args.out / "training_curve.png")
-    plain, amm = figures["plain"], figures["amm"]
-    floor = figures["median_distance_of_held_out_to_training"]
-    rows = [
-        ("samples the classifier reads as their label", plain["label_agreement"], amm["label_agreement"], ">= 0.95"),
-        ("Frechet distance / that of real images", plain["frechet_ratio"], amm["frechet_ratio"], "<= 1.6"),
-        ("median distance to nearest training image", plain["median_distance_to_training"],
-         amm["median_distance_to_training"], f">= {floor:.2f}"),
-    ]  # fmt: skip
-    print(f"\nclassifier on held-out real digits: {figures['classifier_accuracy_on_held_out']:.3f}\n")
-    print(f"{'':45}{'plain':>9}{'AMM':>9}   wanted of plain")
-    for title, a, b, wanted in rows:
-        print(f"{title:45}{a:9.3f}{b:9.3f}   {wanted}")
+    print_table(figures, ("plain", "AMM"), quality_rows(figures, "plain", "amm", ">= 0.95", "<= 1.6"))
     print(f"\n{args.out}: samples.png, samples_amm.png, training_curve.png, metrics.json")
 
 

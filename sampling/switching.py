@@ -167,9 +167,9 @@ def summary(network: StepwiseNetwork, table: np.ndarray) -> str:
     for i, model in enumerate(network.models):
         mediators = getattr(model.config, "mediator_num", None) or "-"
         mean = evaluations[:, i].mean()
-        lines.append(f"{i + 1:>7}{mediators:>11}{cost[i]:>13.3f}{mean:>16.1f}{evaluations[:, i].sum() / total:>8.1%}")
+        lines.append(f"{i + 1:>7}{mediators:>11}{cost[i]:>13.4g}{mean:>16.1f}{evaluations[:, i].sum() / total:>8.1%}")
     average, last = table[:, -1].sum() / total, cost[-1]
     lines.append(
-        f"GMAC a call on average {average:.3f}, {average / last:.1%} of the last model's; {table[:, -1].mean():.1f} an image"
+        f"GMAC a call on average {average:.4g}, {average / last:.1%} of the last model's; {table[:, -1].mean():.4g} an image"
     )
     return "\n".join(lines)
