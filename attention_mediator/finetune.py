@@ -15,8 +15,7 @@ def finetune(description: str, image_size: int, argv: Sequence[str] | None) -> N
         help="start from this checkpoint's EMA weights, resized; optimizer and epochs start afresh",
     )
     args = parse_training_arguments(parser, argv)
-    args.needs_low_resolution = True  # unless there is a run to resume
     if args.resume_ckpt_low_resolution and args.init_from:
         parser.error("--init-from takes a checkpoint of the same resolution; use one of them")
     args.image_size = args.image_size or image_size
-    train(args)
+    train(args, needs_init=True)

@@ -39,8 +39,8 @@ def create_parser(description: str) -> cli.ArgumentParser:
     return parser
 
 
-def train(args: Namespace) -> None:
-    run = prepare_run(args, start())
+def train(args: Namespace, *, needs_init: bool = False) -> None:
+    run = prepare_run(args, start(), needs_init=needs_init)
     run.train(grid_writer(args, run.train_step.ema.model, run.facts["config"], run.folder))
     run.accelerator.end_training()
 

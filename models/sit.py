@@ -80,6 +80,7 @@ class SiTConfig:
         return self.computed_channels if self.keep_sigma else self.in_channels
 
 
+# Published figures are in models.registry.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads: DiT's
 
 SIT_CONFIGS = {

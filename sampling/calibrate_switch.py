@@ -24,7 +24,7 @@ from runtime.distributed import autocast_dtype, start
 from sampling.generate import generate, label_source
 from sampling.options import add_sampling_arguments, add_transport_arguments, read_guidance
 from sampling.samplers import SwitchingSampler
-from sampling.switching import Switching, add_stage_arguments, build_switching, gmacs, read_stages
+from sampling.switching import ODE_METHODS, Switching, add_stage_arguments, build_switching, gmacs, read_stages
 
 ROUNDS = 4  # each solves for ratios on the trajectories of the one before: these change a little with the models used
 TOLERANCE = 0.005  # of the budget
@@ -32,13 +32,15 @@ TOLERANCE = 0.005  # of the budget
 
 def parse(argv: Sequence[str] | None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    add_transport_arguments(parser, positional_mode=True)
+    add_transport_arguments(parser, positional_mode=True, ode_methods=ODE_METHODS)
     add_stage_arguments(parser)
     add_sampling_arguments(parser, ckpt=False)
     parser.add_argument("--budget-gmac", type=cli.positive_float, required=True, help="GMAC a network call, on average")
     parser.add_argument("--num-samples", type=cli.positive_int, default=16, help="images of each run")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, help="images at once")
     args = parser.parse_args(argv)
+    if args.vae:
+        parser.error("--vae: nothing is decoded here; leave it out")
     return args, read_stages(parser, args)
 
 

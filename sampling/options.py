@@ -21,7 +21,7 @@ from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positiv
 from runtime.distributed import autocast_dtype, check_precision
 from runtime.files import file_sha256
 from sampling.generate import Guidance
-from sampling.samplers import GaussianSampler, Sampler, TransportSampler
+from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
 
 DEFAULT_CODEC = "sd-vae-ft-ema"  # of published checkpoints, which do not say
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
@@ -61,20 +61,23 @@ def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None
 # Which flags belong to what; given to something else they are refused, not ignored.
 SDE_FLAGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 ODE_FLAGS = ("atol", "rtol", "per_sample_solver", "likelihood")
-TRANSPORT_FLAGS = ("mode", "sampling_method", "path_type", "prediction", "sample_eps", *SDE_FLAGS, *ODE_FLAGS)
+TRANSPORT_FLAGS = ("sampling_method", "path_type", "prediction", "sample_eps", *SDE_FLAGS, *ODE_FLAGS)
 
 
-def add_transport_arguments(parser: ArgumentParser, *, positional_mode: bool = False) -> None:
-    """For checkpoints trained as transports (SiT). positional_mode: as in the mediator system's scripts, ``script.py SDE``."""
+def add_transport_arguments(
+    parser: ArgumentParser,
+    *,
+    positional_mode: bool = False,
+    ode_methods: str = "euler, heun, ab2, ab3, ab4, dopri5 or another of torchdiffeq's (default: dopri5)",
+) -> None:
+    """For checkpoints trained as transports (SiT). positional_mode: as in the mediator system's scripts, ``script.py SDE``.
+    ode_methods: what the help says of them."""
     group = parser.add_argument_group("transport")
     if positional_mode:
         group.add_argument("mode", choices=("ODE", "SDE"))
     else:
         group.add_argument("--mode", choices=("ODE", "SDE"), help="default: SDE")
-    group.add_argument(
-        "--sampling-method",
-        help="SDE: Euler or Heun; ODE: euler, heun, ab2, ab3, ab4, dopri5 or another of torchdiffeq's (default: Euler, dopri5)",
-    )
+    group.add_argument("--sampling-method", help=f"SDE: Euler or Heun (default: Euler); ODE: {ode_methods}")
     forms = (*DIFFUSION_FORMS, *PUBLISHED_SPELLINGS)
     group.add_argument("--diffusion-form", choices=forms, help="SDE: the noise level's shape (default: sigma)")
     group.add_argument("--diffusion-norm", type=positive_float, help="SDE: and its height (default: 1)")
@@ -170,7 +173,12 @@ def check_held(flag: str, asked: int | None, held: int | None, path: str | os.Pa
 def build_sampler(args: Namespace, checkpoint: Checkpoint, *, ode_method: str = "dopri5") -> GaussianSampler | TransportSampler:
     """The sampler for what the checkpoint was trained to predict. ode_method: in place of the flag's default."""
     if checkpoint.objective["name"] == "gaussian":
-        _refuse(args, TRANSPORT_FLAGS, f"{checkpoint.path}, which was trained for Gaussian diffusion (use sample_ddp.py)")
+        if args.mode:
+            raise ValueError(
+                f"mode {args.mode}: {checkpoint.path} was trained for Gaussian diffusion, which has neither ODE nor SDE here: "
+                "sample it with sample_ddp.py at the root, without --mode"
+            )
+        _refuse(args, TRANSPORT_FLAGS, f"{checkpoint.path}, which was trained for Gaussian diffusion")
         return GaussianSampler(create_diffusion(str(args.num_sampling_steps)), ddim=args.ddim)
     _refuse(args, ("ddim",), f"{checkpoint.path}, which is a transport (use --mode ODE)")
     transport = _transport(args, checkpoint)
@@ -179,10 +187,14 @@ def build_sampler(args: Namespace, checkpoint: Checkpoint, *, ode_method: str = 
         given = _given(args, ("atol", "rtol"))
         method = args.sampling_method or ode_method
         ode = ODE(transport, method, args.num_sampling_steps, per_sample=args.per_sample_solver, **given)
+        if ode.fixed:
+            _refuse(args, ("atol", "rtol", "per_sample_solver"), f"the fixed steps of {method}")
         return TransportSampler(ode, likelihood=getattr(args, "likelihood", False))
     _refuse(args, ODE_FLAGS, "the mode SDE")
+    if args.last_step == "None":
+        _refuse(args, ("last_step_size",), "a sampler without a last step")
     given = {"diffusion_form": "sigma", **_given(args, ("sampling_method", *SDE_FLAGS))}
-    if given["diffusion_form"] == "SBDM" and args.sample_eps == 0 and args.path_type != "VP":
+    if given["diffusion_form"] == "SBDM" and args.sample_eps == 0 and transport.path.starts_at_noise:
         raise ValueError("--diffusion-form SBDM is infinite at time 0: give a --sample-eps above 0, as 1e-3, or leave it out")
     return TransportSampler(SDE(transport, num_steps=args.num_sampling_steps, **given))
 
@@ -195,13 +207,13 @@ def _refuse(args: Namespace, flags: Sequence[str], what: str) -> None:
     """A flag that would be ignored is a mistake about what is being done."""
     for flag in flags:
         value = getattr(args, flag, None)
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise ValueError(f"--{flag.replace('_', '-')} {value} means nothing to {what}: leave it out")
 
 
 def _transport(args: Namespace, checkpoint: Checkpoint) -> Transport:
     """What the checkpoint states; where it states nothing (a published one), the flags, else the published defaults."""
-    stated = {key: value for key, value in checkpoint.objective.items() if key != "name"}
+    stated = transport_settings(checkpoint.objective)
     for flag in ("path_type", "prediction"):
         asked = getattr(args, flag)
         if asked and asked != stated.get(flag, asked):

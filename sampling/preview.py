@@ -13,7 +13,7 @@ from diffusion.transport import ODE, create_transport
 from runtime.distributed import is_first_process
 from sampling.generate import Guidance, generate
 from sampling.grids import save_grid
-from sampling.samplers import GaussianSampler, Sampler, TransportSampler
+from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
 
 CLASSES, PER_CLASS = 10, 4
 
@@ -51,5 +51,5 @@ def _sampler(objective: dict, num_steps: int) -> Sampler:
     """The quickest that a training run's pictures need: DDIM, or Heun's method."""
     if objective["name"] == "gaussian":
         return GaussianSampler(create_diffusion(str(num_steps)), ddim=True)
-    transport = create_transport(**{key: value for key, value in objective.items() if key != "name"})
+    transport = create_transport(**transport_settings(objective))
     return TransportSampler(ODE(transport, "heun", num_steps + 1))

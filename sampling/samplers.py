@@ -15,6 +15,11 @@ from models.stepwise import StepwiseNetwork
 StepNoise = Callable[[int], Tensor]
 
 
+def transport_settings(objective: dict) -> dict:
+    """What :func:`diffusion.transport.create_transport` takes, of a checkpoint's objective."""
+    return {key: value for key, value in objective.items() if key != "name"}
+
+
 class Sampler(Protocol):
     """Turns noise into latents with a network.
 

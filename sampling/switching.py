@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data.store import PUBLISHED_SCALE
+from diffusion.transport import ODE
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.layers import compile_blocks
 from models.macs import multiply_accumulates
@@ -21,6 +22,7 @@ from sampling.samplers import SwitchingSampler
 from sampling.writers import Table
 
 PUBLISHED_STAGES = 3
+ODE_METHODS = "euler, heun, ab2, ab3 or ab4 (default: euler)"  # those that can be watched step by step
 
 # What models that take turns must have in common, by name.
 COMMON = {
@@ -123,7 +125,8 @@ def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPoli
     if (np.diff(cost) < 0).any():
         note(f"the models do not grow: a call costs {', '.join(f'{gmac:.4g}' for gmac in cost)} GMAC in the order given")
     sampler = SwitchingSampler(build_sampler(args, checkpoints[0], ode_method="euler"), network)
-    if args.sampling_method and sampler.num_steps == 1:
+    process = getattr(sampler.inner, "process", None)
+    if isinstance(process, ODE) and not process.fixed:
         raise ValueError(
             f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
         )

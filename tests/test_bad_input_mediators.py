@@ -1,6 +1,7 @@
 """What a user of the mediator system can get wrong: one line that names it, and nothing begun."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def test_finetuning(fails, latent_store, small, checkpoint, tmp_path, fresh_acce
         assert "--resume-ckpt-low-resolution is missing" in fails(train_256to512.main, *base, *resume)
     error = fails(train_256to512.main, *base, "--resume-ckpt-low-resolution", str(checkpoint))
     assert "of latents 16 wide, the data's are 16" in error
+    error = fails(train_256to512.main, *base, "--resume-ckpt-low-resolution", str(small), "--path-type", "GVP")
+    assert "was trained with --path-type Linear, this run has GVP: give the same" in error
     assert "holds images of 16 pixels, --image-size says 512" in fails(
         train_256to512.main, *argv(latent_store, tmp_path / "runs", "SiT-Ti/2")
     )
@@ -119,6 +122,8 @@ def test_likelihood_is_of_the_unguided_ode(capsys, checkpoint):
         (("SDE", "--sampling-method", "Heun", "--last-step", "None"), "the SDE's drift is infinite at t = 1"),
         (("SDE", "--sampling-method", "dopri5"), "sampling_method must be one of Euler, Heun"),
         (("SDE", "--atol", "1e-3"), "--atol 0.001 means nothing to the mode SDE"),
+        (("SDE", "--last-step", "None", "--last-step-size", "0.1"), "--last-step-size 0.1 means nothing to"),
+        (("ODE", "--sampling-method", "heun", "--atol", "1"), "--atol 1.0 means nothing to the fixed steps of heun"),
         (("ODE", "--last-step", "Mean"), "--last-step Mean means nothing to the mode ODE"),
         (("ODE", "--ddim"), "which is a transport"),
         (("ODE", "--num-sampling-steps", "1"), "at least 2"),
@@ -129,8 +134,6 @@ def test_likelihood_is_of_the_unguided_ode(capsys, checkpoint):
     ],
 )
 def test_sampling_flags(fails, checkpoint, tmp_path, arguments, words):
-    import re
-
     mode, *flags = arguments
     error = fails(sample_ddp.main, mode, "--ckpt", checkpoint, "--sample-dir", tmp_path / "out", *flags)
     assert re.search(words, error), error
@@ -139,8 +142,10 @@ def test_sampling_flags(fails, checkpoint, tmp_path, arguments, words):
 
 def test_a_gaussian_checkpoint_has_neither_ode_nor_sde(fails, gaussian, tmp_path):
     common = ("--ckpt", gaussian, "--sample-dir", tmp_path / "out")
-    assert "mode SDE means nothing to" in fails(sample_ddp.main, "SDE", *common)
-    assert "trained for Gaussian diffusion" in fails(root_sample_ddp.main, *common, "--mode", "ODE")
+    assert "which has neither ODE nor SDE" in fails(sample_ddp.main, "SDE", *common)
+    assert "which has neither ODE nor SDE" in fails(root_sample_ddp.main, *common, "--mode", "ODE")
+    error = fails(root_sample_ddp.main, *common, "--sample-eps", "0")
+    assert "--sample-eps 0.0 means nothing to" in error and "trained for Gaussian diffusion" in error
     error = fails(sample_ddp_three.main, "SDE", "--ckpts", gaussian, gaussian, "--switch-ratios", "0.5")
     assert "trained for Gaussian diffusion" in error
 

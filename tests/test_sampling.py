@@ -19,6 +19,7 @@ from sampling.generate import Guidance, generate, label_source
 from sampling.grids import draw_grid
 from sampling.samplers import GaussianSampler
 from tests.launch import run_script
+from tests.sit_checkpoints import grey_levels
 
 NAME = "samples_7x16x16x3.npz"
 
@@ -61,10 +62,6 @@ def samples(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("samples") / "out"
     sample(checkpoint, folder)
     return folder
-
-
-def grey_levels(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 def test_outputs(samples, checkpoint):

@@ -18,6 +18,7 @@ try:
     from sampling.many import add_many_arguments, sample_many
     from sampling.options import add_sampling_arguments, add_transport_arguments, check_held
     from sampling.switching import (
+        ODE_METHODS,
         add_ratio_arguments,
         add_stage_arguments,
         read_ratios,
@@ -34,7 +35,7 @@ except ModuleNotFoundError as error:
 
 def parse(argv: Sequence[str] | None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    add_transport_arguments(parser, positional_mode=True)
+    add_transport_arguments(parser, positional_mode=True, ode_methods=ODE_METHODS)
     add_stage_arguments(parser)
     add_ratio_arguments(parser)
     add_sampling_arguments(parser, ckpt=False)

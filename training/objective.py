@@ -50,11 +50,19 @@ def add_objective_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--path-type", choices=tuple(PATHS), help="transport only (default: Linear)")
     group.add_argument("--prediction", choices=PREDICTIONS, help="transport only (default: velocity)")
     group.add_argument(
-        "--loss-weight", choices=tuple(map(str, LOSS_WEIGHTS)), help="transport only, of noise and score prediction"
+        "--loss-weight",
+        choices=tuple(map(str, LOSS_WEIGHTS)),
+        help="transport only, of noise and score prediction (default: None, which is 1)",
     )
-    group.add_argument("--train-eps", type=non_negative_float, help="transport only: times kept away from the ends in training")
     group.add_argument(
-        "--sample-eps", type=non_negative_float, help="transport only: times kept away from the ends in sampling"
+        "--train-eps",
+        type=non_negative_float,
+        help="transport only: time left out at the ends; default: 1e-5 on VP, 0 for velocity on the others, else 1e-3",
+    )
+    group.add_argument(
+        "--sample-eps",
+        type=non_negative_float,
+        help="transport only: time left out at the ends in sampling; default: 0 for velocity but on VP, else 1e-3",
     )
 
 

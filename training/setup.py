@@ -38,8 +38,10 @@ FIXED_FLAGS = (
 )  # fmt: skip
 
 
-def prepare_run(args: Namespace, state: PartialState) -> Run:
-    """Raises ValueError for data, a model, an objective or a checkpoint that do not fit one another or the flags, and for a
+def prepare_run(args: Namespace, state: PartialState, *, needs_init: bool = False) -> Run:
+    """needs_init: a new run must not start from fresh weights.
+
+    Raises ValueError for data, a model, an objective or a checkpoint that do not fit one another or the flags, and for a
     batch that the processes cannot share."""
     batch = args.global_batch_size
     if batch % state.num_processes:
@@ -55,7 +57,7 @@ def prepare_run(args: Namespace, state: PartialState) -> Run:
     if found:
         load_weights(model, found.state["model"], found.folder)
     else:
-        start_weights(args, model, source)
+        start_weights(args, model, source, objective, required=needs_init)
     # Only now, so that a mistake leaves no empty run behind.
     folder = found.folder if found else _new_folder(args, state)
     accelerator = start_training(args.precision)
@@ -138,7 +140,7 @@ def _mask_places(args: Namespace, model: nn.Module) -> tuple | None:
     return model.config.mask_places
 
 
-def start_weights(args: Namespace, model: nn.Module, source: Source) -> None:
+def start_weights(args: Namespace, model: nn.Module, source: Source, objective: Objective, *, required: bool) -> None:
     """Put the weights of a checkpoint into a fresh model, where the flags name one: as they are, or brought to the resolution
     of the data."""
     low = getattr(args, "resume_ckpt_low_resolution", None)
@@ -146,10 +148,11 @@ def start_weights(args: Namespace, model: nn.Module, source: Source) -> None:
         checkpoint = _raised(low, source.latent_shape[1])
     elif args.init_from:
         checkpoint = read_checkpoint(args.init_from)
-    elif getattr(args, "needs_low_resolution", False):
+    elif required:
         raise ValueError("--resume-ckpt-low-resolution is missing: the checkpoint to start from (there is no run to resume)")
     else:
         return
+    _compare_objectives(checkpoint, objective, strict=bool(low))
     held = getattr(checkpoint.config, "mediator_num", None)
     if held != args.mediator_num:
         raise ValueError(
@@ -157,6 +160,18 @@ def start_weights(args: Namespace, model: nn.Module, source: Source) -> None:
         )
     if not warm_start(model, checkpoint):
         note(f"{checkpoint.path} has another number of classes: the label table starts afresh")
+
+
+def _compare_objectives(checkpoint: Checkpoint, objective: Objective, *, strict: bool) -> None:
+    """Say where the weights were trained to predict something else; with ``strict``, to go on as they were, refuse it."""
+    for what in ("name", "path_type", "prediction"):
+        held, asked = checkpoint.objective.get(what), objective.facts.get(what)
+        if held and asked and held != asked:
+            flag = "objective" if what == "name" else what.replace("_", "-")
+            difference = f"{checkpoint.path} was trained with --{flag} {held}, this run has {asked}"
+            if strict:
+                raise ValueError(f"{difference}: give the same")
+            note(difference)
 
 
 def _raised(path: str, side: int) -> Checkpoint:
