@@ -5,7 +5,6 @@ python -m benchmarks.mediators [--image-sizes 256 512 1024] [--mediators 4 64] [
 
 import copy
 import dataclasses
-import functools
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,7 +20,7 @@ from diffusion.transport import SDE, Sampler, create_transport
 from models import create_model
 from models.attention import Attention
 from models.layers import compile_blocks
-from models.macs import multiply_accumulates
+from models.macs import multiply_accumulates as macs
 from models.registry import model_config
 from models.sit import SiTConfig
 from runtime import cli
@@ -31,7 +30,6 @@ MODEL, TINY_MODEL = "SiT-S/2", "SiT-Ti/2"
 LATENT_FACTOR = 8  # image pixels to a latent pixel, along a side
 SDE_POINTS, TIMED_SDE_POINTS = 250, 25
 SDE_OPTIONS = {"sampling_method": "Euler", "diffusion_form": "sigma", "last_step": "Mean"}
-macs = functools.cache(multiply_accumulates)
 TARGETS = {  # times as fast as plain attention: by image size, then by mediators
     256: {4: 1.05, 64: 0.97},
     512: {4: 1.38, 64: 1.28},

@@ -1,5 +1,7 @@
 """Counting the work of a network without doing it."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +15,7 @@ def fresh_on_meta(config: object) -> nn.Module:
         return build_network(config).eval()
 
 
+@functools.cache  # an XL takes a second to count, and reports ask again
 def multiply_accumulates(config: object) -> int:
     """Multiply-accumulates of the products and convolutions in a forward pass of one image (the papers' "FLOPs")."""
     model = fresh_on_meta(config)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data.codec import Codec, load_codec
+from data.store import PUBLISHED_CODEC
 from diffusion import create_diffusion
 from diffusion.transport import ODE, SDE, Transport, create_transport
 from diffusion.transport.paths import DIFFUSION_FORMS, PATHS, PUBLISHED_SPELLINGS
@@ -23,7 +24,6 @@ from runtime.files import file_sha256
 from sampling.generate import Guidance
 from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
 
-DEFAULT_CODEC = "sd-vae-ft-ema"  # of published checkpoints, which do not say
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
 
@@ -152,7 +152,7 @@ def read_guidance(args: Namespace) -> Guidance:
 
 def find_codec(name: str | None, checkpoint: Checkpoint, device: torch.device) -> Codec:
     """name: None for the checkpoint's own. Raises ValueError for one that does not fit the checkpoint's latents."""
-    codec = load_codec(name or checkpoint.codec.get("name", DEFAULT_CODEC), device)
+    codec = load_codec(name or checkpoint.codec.get("name", PUBLISHED_CODEC), device)
     if codec.latent_channels != checkpoint.config.in_channels:
         raise ValueError(
             f"{checkpoint.path} makes latents of {checkpoint.config.in_channels} channels, codec {codec.name} decodes "
@@ -220,7 +220,7 @@ def _transport(args: Namespace, checkpoint: Checkpoint) -> Transport:
             raise ValueError(
                 f"--{flag.replace('_', '-')} {asked}: {checkpoint.path} was trained with {stated[flag]}; leave the flag out"
             )
-        stated[flag] = asked or stated.get(flag) or {"path_type": "Linear", "prediction": "velocity"}[flag]
+        stated |= {flag: asked} if asked else {}
     if args.sample_eps is not None:
         stated["sample_eps"] = args.sample_eps
     return create_transport(**stated)

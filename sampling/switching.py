@@ -116,6 +116,11 @@ def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPoli
         held = getattr(checkpoint.config, "mediator_num", None)
         check_held(f"--mediator-num{i}", stage.mediator_num, held, stage.path)
     _check_alike(checkpoints)
+    sampler = build_sampler(args, checkpoints[0], ode_method="euler")
+    if isinstance(sampler.process, ODE) and not sampler.process.fixed:
+        raise ValueError(
+            f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
+        )
     models = [build_model(checkpoint, name=args.model).to(device) for checkpoint in checkpoints]
     if args.compile:
         for model in models:
@@ -124,13 +129,7 @@ def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPoli
     cost = gmacs(network)
     if (np.diff(cost) < 0).any():
         note(f"the models do not grow: a call costs {', '.join(f'{gmac:.4g}' for gmac in cost)} GMAC in the order given")
-    sampler = SwitchingSampler(build_sampler(args, checkpoints[0], ode_method="euler"), network)
-    process = getattr(sampler.inner, "process", None)
-    if isinstance(process, ODE) and not process.fixed:
-        raise ValueError(
-            f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
-        )
-    return Switching(checkpoints[0], network, sampler)
+    return Switching(checkpoints[0], network, SwitchingSampler(sampler, network))
 
 
 def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:

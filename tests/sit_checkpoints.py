@@ -8,6 +8,7 @@ import torch
 from attention_mediator import sample_ddp
 from models import create_model
 from models.checkpoints import describe
+from tests.shared import perturb
 
 TRANSPORT = {"name": "transport", "path_type": "Linear", "prediction": "velocity"}
 
@@ -15,11 +16,7 @@ TRANSPORT = {"name": "transport", "path_type": "Linear", "prediction": "velocity
 def random_checkpoint(path: Path, *, objective: dict = TRANSPORT, seed: int = 0, **settings) -> Path:
     """A SiT-Ti/2 whose every block contributes."""
     torch.manual_seed(seed)
-    model = create_model("SiT-Ti/2", **settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model = perturb(create_model("SiT-Ti/2", **settings), 0.05)
     config = describe(
         "SiT-Ti/2", model.config, codec={"name": "pixels", "scale": 1.0, "image_size": 16}, class_names=(), objective=objective
     )
@@ -33,7 +30,3 @@ def sample(mode: str, checkpoint: Path, folder: Path, *extra: str) -> np.ndarray
          "--per-proc-batch-size", "3", *extra]
     )  # fmt: skip
     return np.load(folder / "samples_5x16x16x3.npz")["arr_0"]
-
-
-def grey_levels(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.abs(a.astype(int) - b.astype(int)).max())

@@ -12,7 +12,8 @@ from benchmarks.edt import forward_call
 from benchmarks.reference import PlainMediatorAttention, with_plain_attention
 from diffusion.transport import Sampler, create_transport
 from models.macs import fresh_on_meta, multiply_accumulates
-from tests.test_sit import golden, inputs, random_model
+from tests.shared import golden_network
+from tests.test_sit import inputs, random_model
 
 
 @pytest.mark.parametrize("mediator_num", [1, 4, 9, 16])  # 9: pooling windows of the 8 x 8 grid overlap
@@ -26,7 +27,7 @@ def test_published_formulation_gives_the_same_output(mediator_num):
 
 
 def test_published_formulation_gives_the_published_numbers():
-    state, data = golden("sit_tiny_mediator16")
+    state, data = golden_network("sit_tiny_mediator16")
     model = with_plain_attention(random_model(depth=12, mediator_num=16))
     model.load_state_dict(state)
     assert_close(forward_call(model, (data["x"], data["t"], data["y"]))(), data["out"], rtol=1e-4, atol=1e-4)

@@ -4,9 +4,7 @@ import copy
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -15,22 +13,14 @@ import models.attention
 from models import create_model
 from models.attention import RelativePositionBias, fused_attention
 from models.edt import EDT_CONFIGS
+from tests.shared import GOLDEN, golden_network, match
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = {"widths": (16, 24, 32, 24, 16), "num_heads": 2, "input_size": 16, "num_classes": 10}
 KEYS = json.loads((GOLDEN / "edt_state_dict_keys.json").read_text())
 
 
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-    prefix = "state_dict/"
-    state = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-    return state, {key: value for key, value in arrays.items() if not key.startswith(prefix)}
-
-
 def golden_model(weights, name="EDT-S/2", amm=False):
-    state, _ = golden(weights)
+    state, _ = golden_network(weights)
     model = create_model(name, **TINY, amm=amm).eval()
     model.load_state_dict(state)
     return model
@@ -54,10 +44,6 @@ def inputs(batch=2, seed=0):
     return x, torch.randint(0, 1000, (batch,), generator=draws), torch.randint(0, 11, (batch,), generator=draws)
 
 
-def match(actual, expected):
-    assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
 # The published numbers
 
 
@@ -71,7 +57,7 @@ def match(actual, expected):
 )
 def test_golden_forward(numbers, weights, name, amm):
     model = golden_model(weights, name, amm)
-    _, data = golden(numbers)
+    _, data = golden_network(numbers)
     x, t, y = data["x"], data["t"], data["y"]
     with torch.no_grad():
         match(model(x, t, y), data["out"])
@@ -86,8 +72,8 @@ def test_golden_forward(numbers, weights, name, amm):
 )
 def test_golden_masked_forward(numbers, weights, name, places):
     model = golden_model(weights, name)
-    _, data = golden(weights)
-    _, masked = golden(numbers)
+    _, data = golden_network(weights)
+    _, masked = golden_network(numbers)
     assert len(model.config.mask_places) == places
     keep = [masked[f"uniform_{i}"] >= masked[f"drop_probability_{i}"] for i in range(places)]
     for i, place in enumerate(model.config.mask_places):
@@ -108,7 +94,7 @@ def test_state_dict_is_the_published_one(name):
 
 def test_fixed_tables_are_the_published_ones():
     """A golden forward would not notice: load_state_dict overwrites them."""
-    state, _ = golden("edt_tiny_s_no_amm")
+    state, _ = golden_network("edt_tiny_s_no_amm")
     fresh = create_model("EDT-S/2", **TINY)
     tables = {key: value for key, value in fresh.named_parameters() if key.endswith("pos_embed")}
     assert len(tables) == 5

@@ -1,7 +1,6 @@
 """Gaussian diffusion: the published numbers, closed forms, and diffusers' schedulers as an independent reference."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +12,18 @@ from diffusion.gaussian import discretized_gaussian_log_likelihood
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.schedule import linear_betas, space_timesteps
 from diffusion.timesteps import SAMPLERS, LossSecondMomentSampler, UniformSampler
+from tests.shared import golden_arrays, match
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(Path(__file__).parent / "golden" / "gaussian_diffusion.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
+    return golden_arrays("gaussian_diffusion")
 
 
 def network(x, t):
     """The golden data's: noise and variance of x at the original timestep."""
     s = t.view(-1, 1, 1, 1) / 1000
     return torch.cat([0.7 * x + 0.1 * (3 * x).sin() + 0.2 * s, (x - s).tanh()], dim=1)
-
-
-def match(actual, expected):
-    assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def zero_noise(shape):

@@ -18,7 +18,8 @@ from diffusion.transport import Sampler, create_transport
 from models.checkpoints import build_model, read_checkpoint
 from runtime.draws import Purpose, normals
 from tests.launch import run_script
-from tests.sit_checkpoints import TRANSPORT, grey_levels, random_checkpoint, sample
+from tests.shared import grey_levels
+from tests.sit_checkpoints import TRANSPORT, random_checkpoint, sample
 from tests.test_training import assert_same_state, final_state
 from training.checkpoint import checkpoint_files
 

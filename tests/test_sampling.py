@@ -19,19 +19,14 @@ from sampling.generate import Guidance, generate, label_source
 from sampling.grids import draw_grid
 from sampling.samplers import GaussianSampler
 from tests.launch import run_script
-from tests.sit_checkpoints import grey_levels
+from tests.shared import grey_levels, perturb
 
 NAME = "samples_7x16x16x3.npz"
 
 
 def random_model(seed: int = 0, **overrides):
     torch.manual_seed(seed)
-    model = create_model("EDT-Ti/2", **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model.eval()
+    return perturb(create_model("EDT-Ti/2", **overrides), 0.02).eval()
 
 
 @pytest.fixture(scope="module")

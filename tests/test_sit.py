@@ -3,9 +3,7 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,20 +15,11 @@ from models.macs import multiply_accumulates
 from models.mediators import MediatorAttention
 from models.registry import PUBLISHED, VARIANTS, model_config
 from models.sit import SiTConfig, config_from_state, is_sit_state
-from tests.test_edt import match
+from tests.shared import GOLDEN, golden_network, match
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = {"width": 16, "num_heads": 2, "input_size": 16, "num_classes": 10}
 KEYS = json.loads((GOLDEN / "sit_state_dict_keys.json").read_text())
 TABLES = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-    prefix = "state_dict/"
-    state = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-    return state, {key: value for key, value in arrays.items() if not key.startswith(prefix)}
 
 
 def randomize(module, seed=0):
@@ -60,7 +49,7 @@ def inputs(batch=2, seed=0):
     "numbers, mediator_num", [("sit_tiny", None), ("sit_tiny_mediator4", 4), ("sit_tiny_mediator16", 16)]
 )  # fmt: skip
 def test_golden_forward(numbers, mediator_num):
-    state, data = golden(numbers)
+    state, data = golden_network(numbers)
     model = create_model("SiT-S/2", **TINY, mediator_num=mediator_num).eval()
     model.load_state_dict(state)
     x, t, y = data["x"], data["t"], data["y"]

@@ -12,7 +12,8 @@ from models.macs import multiply_accumulates
 from sampling import calibrate_switch
 from sampling.calibrate_switch import Trajectories, calls_before, ratio_for, share_of_calls
 from tests.launch import run_script
-from tests.sit_checkpoints import grey_levels, random_checkpoint, sample
+from tests.shared import grey_levels
+from tests.sit_checkpoints import random_checkpoint, sample
 from time_step_wise_adjusting import sample_ddp_three
 
 NAME = "samples_6x16x16x3.npz"

@@ -20,6 +20,7 @@ from diffusion.timesteps import LossSecondMomentSampler, UniformSampler
 from models import create_model
 from runtime.distributed import start_training
 from tests.launch import run_script
+from tests.shared import perturb
 from training.checkpoint import checkpoint_files, last_run_folder, new_run_folder, save_checkpoint
 from training.data import Batches, DataOrder
 from training.ema import EMA
@@ -37,12 +38,7 @@ def store(latent_store) -> LatentStore:
 def tiny_model(seed: int = 0):
     """Random weights everywhere, also where the initialisation is zero."""
     torch.manual_seed(seed)
-    model = create_model("EDT-Ti/2", **TINY, num_classes=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return perturb(create_model("EDT-Ti/2", **TINY, num_classes=3), 0.05)
 
 
 def one_step(store, *, micro_batch_size: int, masked: bool = True, sampler=None, step: int = 0):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +12,13 @@ from diffusion.timesteps import ContinuousSampler
 from diffusion.transport import create_transport
 from diffusion.transport.paths import DIFFUSION_FORMS, PATHS
 from diffusion.transport.transport import LOSS_WEIGHTS, PREDICTIONS
+from tests.shared import golden_arrays, match
 from tests.transport_networks import exact_network, network
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(Path(__file__).parent / "golden" / "transport.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def match(actual, expected):
-    assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    return golden_arrays("transport")
 
 
 EVERY_PREDICTION = list(itertools.product(PATHS, PREDICTIONS))

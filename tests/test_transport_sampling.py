@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchdiffeq
@@ -16,6 +14,7 @@ from diffusion.transport.ode import ADAPTIVE_METHODS, GRID_METHODS
 from diffusion.transport.paths import DIFFUSION_FORMS, PATHS
 from diffusion.transport.sde import LAST_STEPS
 from diffusion.transport.transport import PREDICTIONS
+from tests.shared import golden_arrays
 from tests.transport_networks import exact_network, marginal, network
 
 EVERY_PREDICTION = list(itertools.product(PATHS, PREDICTIONS))
@@ -24,8 +23,7 @@ MEAN, STD = 0.7, 0.4  # of the Gaussian data
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(Path(__file__).parent / "golden" / "transport.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
+    return golden_arrays("transport")
 
 
 @pytest.fixture

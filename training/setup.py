@@ -12,7 +12,7 @@ from torch import nn
 
 from data.codec import load_codec
 from data.sources import DummySource, ImageSource, Source
-from data.store import LatentStore
+from data.store import PUBLISHED_CODEC, LatentStore
 from models import create_model
 from models.checkpoints import Checkpoint, describe, load_weights, read_checkpoint, warm_start
 from models.layers import compile_blocks
@@ -27,7 +27,7 @@ from training.objective import Objective, create_objective
 from training.optim import create_optimizer
 from training.step import TrainingStep
 
-DEFAULT_CODEC, DEFAULT_IMAGE_SIZE = "sd-vae-ft-ema", 256
+DEFAULT_IMAGE_SIZE = 256
 DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
 
 # What the result of a run depends on: these cannot change when it is resumed.
@@ -110,7 +110,7 @@ def open_source(args: Namespace, device: torch.device) -> tuple[Source, int]:
 
 
 def _source(args: Namespace, device: torch.device) -> Source:
-    image_size, codec = args.image_size or DEFAULT_IMAGE_SIZE, args.vae or DEFAULT_CODEC
+    image_size, codec = args.image_size or DEFAULT_IMAGE_SIZE, args.vae or PUBLISHED_CODEC
     if args.feature_path:
         return LatentStore.open(args.feature_path)
     if args.data_path:
