@@ -1,4 +1,4 @@
-"""Train EDT on cached latents: masked, with Adan, min-SNR-5 and the loss-second-moment timestep sampler.
+"""Train EDT, or a network to compare it with, by the same recipe: masked, with Adan, min-SNR-5 and loss-aware timesteps.
 
     accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S/2 --feature-path FEATURES
     torchrun --nproc_per_node=8 train_mask_adan.py ...    python train_mask_adan.py ...
@@ -9,6 +9,7 @@ uninterrupted one and a run on 8 GPUs equals one on 1 up to the order of floatin
 
 from collections.abc import Sequence
 
+from models.registry import model_config
 from runtime import cli
 from runtime.distributed import start
 from sampling.preview import grid_writer
@@ -24,8 +25,8 @@ def parse(argv: Sequence[str] | None):
     parser.set_defaults(masked=None)
     args = parse_training_arguments(parser, argv)
     if args.masked is None:
-        args.masked = args.model.startswith("EDT")
-    args.init_lr = args.init_lr or (XL_LR if args.model == "EDT-XL/2" else LR)
+        args.masked = hasattr(model_config(args.model), "mask_places")
+    args.init_lr = args.init_lr or (XL_LR if "-XL/" in args.model else LR)
     return args
 
 

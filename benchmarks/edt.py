@@ -155,8 +155,8 @@ def one_pass_after_the_other(step: TrainingStep, batch: Batch) -> None:
     """A plain form of :class:`TrainingStep`: each pass goes forward and back on its own, on half of the inputs."""
     batch = batch.to(step.accelerator.device)
     t = torch.linspace(0, step.diffusion.num_timesteps - 1, len(batch.x0), device=batch.x0.device).long()
-    for y, noise, keep_masks in zip(batch.y, batch.noise, (None, batch.keep_masks), strict=True):
-        losses = step.diffusion.training_losses(step.model, batch.x0, t, {"y": y, "keep_masks": keep_masks}, noise=noise)
+    for y, noise, kept in zip(batch.y, batch.noise, (None, batch.kept), strict=True):
+        losses = step.diffusion.training_losses(step.model, batch.x0, t, {"y": y, "kept": kept}, noise=noise)
         step.accelerator.backward(losses["loss"].mean())
     step.optimizer.step()
     step.optimizer.zero_grad(set_to_none=True)

@@ -27,8 +27,19 @@ class AMM:
         if not self.blocks:
             raise ValueError("AMM needs at least one block index")
 
+    def check(self, allowed: range) -> None:
+        """Raises ValueError for a block that cannot have AMM in the model, whose allowed ones these are."""
+        if not set(self.blocks) <= set(allowed):
+            could = f"{allowed[0]} to {allowed[-1]}" if allowed else "none"
+            raise ValueError(f"AMM at block(s) {self.blocks}: of this model's blocks, those that can have it are {could}")
+
     def __str__(self) -> str:
         return f"{self.form}:{','.join(map(str, self.blocks))}"
+
+
+def form_at(amm: AMM | None, block: int) -> Form | None:
+    """What a block's attention is modulated by; None: by nothing."""
+    return amm.form if amm and block in amm.blocks else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,9 @@ PLACEMENTS: dict[str, tuple[Placement, ...]] = {  # the EDT paper and its releas
     ),
     "EDT-B/2": (Placement(amm="exp:7,10", max_cfg_scale=1.5), Placement(amm="exp:8")),
     "EDT-XL/2": (Placement(amm="exp:23,25"),),  # exp:24 is the published alternative
+    "DiT-XL/2": (Placement(amm="exp:15,17,19,22,24"),),
+    "DiT-S/2": (Placement(amm="exp:8,10"),),
+    "MDTv2-S/2": (Placement(amm="exp:8"),),
     "EDT-Ti/2": (Placement(amm="exp:4"),),  # ours: the block of stage 3, as block 7 of S
 }
 

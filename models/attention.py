@@ -8,20 +8,32 @@ from models.amm import MAXIMA, amm_matrix
 
 
 class RelativePositionBias(nn.Module):
-    """A learned score bias for every offset between two tokens of a grid (Liu et al. 2021, Swin Transformer, eq. 4)."""
+    """A learned score bias for every offset between two tokens of a grid (Liu et al. 2021, Swin Transformer, eq. 4).
 
-    def __init__(self, grid: int, num_heads: int):
+    spare_rows: rows at the end of the table that no offset uses, as MDTv2's has. keep_index: the state dict holds the index.
+    """
+
+    def __init__(self, grid: int, num_heads: int, *, spare_rows: int = 0, keep_index: bool = False):
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * grid - 1) ** 2, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * grid - 1) ** 2 + spare_rows, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
         row, column = row.flatten(), column.flatten()
         offset = (row[:, None] - row + grid - 1) * (2 * grid - 1) + (column[:, None] - column + grid - 1)
-        self.register_buffer("index", offset, persistent=False)  # (N, N): [query, key]
+        self.register_buffer("relative_position_index", offset, persistent=keep_index)  # (N, N): [query, key]
 
     def forward(self) -> Tensor:
         """(H, N, N)."""
-        return self.relative_position_bias_table.t()[:, self.index]
+        return self.relative_position_bias_table.t()[:, self.relative_position_index]
+
+    def offsets(self, tokens: Tensor) -> Tensor:
+        """tokens (B, K) int64 -> the rows of the table for each pair of them, (B, K, K), which :meth:`among` takes. They are
+        the same for all attentions on one grid."""
+        return self.relative_position_index[tokens[:, :, None], tokens[:, None, :]]
+
+    def among(self, offsets: Tensor) -> Tensor:
+        """The bias among some tokens of each sample: (B, H, K, K)."""
+        return F.embedding(offsets, self.relative_position_bias_table).permute(0, 3, 1, 2)
 
 
 def _padded_head_dim(head_dim: int, device: torch.device) -> int:
@@ -95,7 +107,7 @@ class BiasedAttention(nn.Module):
 class Attention(BiasedAttention):
     """Self-attention over N = grid^2 tokens.
 
-    position_bias: add a learned :class:`RelativePositionBias`. amm: None, "exp" or "cos"; in eval mode the attention
+    position_bias: a learned :class:`RelativePositionBias` to add, or None. amm: None, "exp" or "cos"; in eval mode the attention
     probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None,
     (1, H, N, N), or with active AMM (1, 1 or H, N, 2N).
 
@@ -104,10 +116,10 @@ class Attention(BiasedAttention):
     result is the wanted one; nothing of size (B, H, N, N) is stored.
     """
 
-    def __init__(self, width: int, num_heads: int, grid: int, *, position_bias: bool = True, amm: str | None = None):
+    def __init__(self, width: int, num_heads: int, grid: int, *, position_bias: RelativePositionBias | None, amm: str | None):
         super().__init__(width, num_heads)
-        if position_bias:
-            self.rel_pos_bias = RelativePositionBias(grid, num_heads)
+        if position_bias is not None:
+            self.rel_pos_bias = position_bias
         self.amm = amm
         if amm:
             matrix = amm_matrix(grid, amm, torch.float64)
@@ -129,6 +141,13 @@ class Attention(BiasedAttention):
             logs = self.amm_log[None, None]
             bias = logs if bias is None else torch.cat([bias, bias], dim=-1) + logs
         return None if bias is None else bias.to(dtype)
+
+    def score_bias_among(self, offsets: Tensor) -> Tensor:
+        """:meth:`score_bias` where a sample has only some of the tokens, (B, H, K, K); offsets: see
+        :meth:`RelativePositionBias.offsets`. Raises ValueError while AMM is active, which needs them all."""
+        if self.amm_is_active:
+            raise ValueError("AMM is active: it needs all tokens")
+        return self.rel_pos_bias.among(offsets).to(_working_dtype(self.proj.weight)).contiguous()
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned; it is an argument so that a compiled block

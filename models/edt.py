@@ -4,7 +4,6 @@ Human-like Sketching").
 Five stages: two go down (each followed by a 2x2 token merge), one stays in the middle, two go up again with skip connections.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.amm import AMM
-from models.attention import Attention
+from models.amm import AMM, form_at
+from models.attention import Attention, RelativePositionBias
 from models.layers import (
     AdaLN,
     Block,
@@ -27,6 +26,7 @@ from models.layers import (
     init_weights,
     modulate,
     normalize,
+    sizes_from_state,
 )
 
 NUM_STAGES = 5
@@ -46,6 +46,10 @@ class MaskPlace(NamedTuple):
     num_tokens: int
     low: float
     high: float
+
+    def kept(self, uniforms: Tensor, probability: float) -> Tensor:
+        """U(0, 1) draws (b, num_tokens) -> which tokens are kept, bool alike: each for itself."""
+        return uniforms >= probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +138,8 @@ def config_from_state(state: dict[str, Tensor]) -> EDTConfig:
 
     Raises ValueError for missing keys, and where neighbouring stages are equally wide: the keys do not tell them apart.
     """
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.bias")
-    missing = [key for key in (*needed, "blocks.0.mlp.fc1.bias") if key not in state]
-    if missing:
-        raise ValueError(f"the weights of an EDT lack {', '.join(missing)}")
+    sizes = sizes_from_state(state)
+    del sizes["width"]
     runs: list[list[int]] = []  # [width, heads, depth] of each stage
     while (key := f"blocks.{sum(run[2] for run in runs)}.attn") + ".qkv.weight" in state:
         width, heads = state[key + ".qkv.weight"].shape[1], state[key + ".rel_pos_bias.relative_position_bias_table"].shape[1]
@@ -148,19 +150,7 @@ def config_from_state(state: dict[str, Tensor]) -> EDTConfig:
     if len(runs) != NUM_STAGES:
         raise ValueError(f"the blocks have {len(runs)} different widths in a row, an EDT has {NUM_STAGES} stages")
     widths, num_heads, depths = zip(*runs, strict=True)
-    _, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    grid = math.isqrt(state["pos_embed"].shape[1])
-    return EDTConfig(
-        depths=depths,
-        widths=widths,
-        num_heads=num_heads,
-        input_size=grid * patch_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2,
-        mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / widths[0],
-    )
+    return EDTConfig(depths=depths, widths=widths, num_heads=num_heads, **sizes)
 
 
 class DownSample(nn.Module):
@@ -223,9 +213,8 @@ class EDT(GuidedNetwork):
         super().__init__()
         self.config = config
         stages = config.stages
-        modulated = set(amm.blocks) if amm else set()
-        if modulated - set(range(sum(config.depths))):
-            raise ValueError(f"AMM at block(s) {amm.blocks}: this model has blocks 0 to {sum(config.depths) - 1}")
+        if amm:
+            amm.check(range(sum(config.depths)))
         width = stages[0].width  # of the conditioning as well
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -234,8 +223,8 @@ class EDT(GuidedNetwork):
         self.blocks = nn.ModuleList()
         for stage in stages:
             for _ in range(stage.depth):
-                form = amm.form if len(self.blocks) in modulated else None
-                attention = Attention(stage.width, stage.num_heads, stage.grid, amm=form)
+                bias, form = RelativePositionBias(stage.grid, stage.num_heads), form_at(amm, len(self.blocks))
+                attention = Attention(stage.width, stage.num_heads, stage.grid, position_bias=bias, amm=form)
                 self.blocks.append(Block(stage.width, width, attention, config.mlp_ratio))
         self.down_blocks = nn.ModuleList(DownSample(stages[i + 1], stages[i], width) for i in (0, 1))
         self.up_blocks = nn.ModuleList(UpSample(stages[i - 1], stages[i]) for i in (3, 4))
@@ -243,16 +232,17 @@ class EDT(GuidedNetwork):
         self.final_layer = FinalLayer(width, width, config.patch_size, config.out_channels)
         init_weights(self, config.label_std)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, keep_masks: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, kept: Sequence[Tensor] | None = None) -> Tensor:
         """Predict noise and variance.
 
         x: (B, C, S, S) noisy latents. t: (B,) timesteps in [0, 1000). y: (B,) labels, num_classes for "none".
-        keep_masks: None, or for the masked pass one bool (B, num_tokens) for each of ``config.mask_places``, False = dropped.
-        Returns (B, C_out, S, S). Raises ValueError for inputs or masks of another size than the model's.
+        kept: None, or for a masked pass of the last M samples one bool (M, num_tokens) for each of ``config.mask_places``,
+        False = dropped; the samples before them go unmasked. Returns (B, C_out, S, S). Raises ValueError for inputs or masks
+        of another size than the model's.
         """
         config = self.config
         check_latents(x, config)
-        early_keep, *down_keeps = self._split_masks(keep_masks, len(x))
+        early_keep, *down_keeps = self._split_masks(kept, len(x))
         c = self.t_embedder(t) + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
         blocks, skips = iter(self.blocks), []
@@ -270,12 +260,14 @@ class EDT(GuidedNetwork):
                 x = self.down_blocks[i](x, c, down_keeps[i])
         return self.final_layer(x, c)
 
-    def _split_masks(self, keep_masks: Sequence[Tensor] | None, batch: int) -> Sequence[Tensor | None]:
-        """-> (early, first DownSample, second DownSample), None where nothing is dropped."""
-        if keep_masks is None:
+    def _split_masks(self, kept: Sequence[Tensor] | None, batch: int) -> Sequence[Tensor | None]:
+        """-> (early, first DownSample, second DownSample) for the whole batch, None where nothing is dropped."""
+        if kept is None:
             return None, None, None
-        expected = [(batch, place.num_tokens) for place in self.config.mask_places]
-        shapes = [tuple(mask.shape) for mask in keep_masks]
-        if shapes != expected:
-            raise ValueError(f"this model takes keep masks of shapes {expected}, got {shapes}")
-        return keep_masks if len(expected) == 3 else (None, *keep_masks)
+        masked = len(kept[0]) if kept else 0
+        expected = [(masked, place.num_tokens) for place in self.config.mask_places]
+        shapes = [tuple(mask.shape) for mask in kept]
+        if shapes != expected or masked > batch:
+            raise ValueError(f"for {masked} of {batch} samples this model takes keep masks of shapes {expected}, got {shapes}")
+        whole = [torch.cat([mask.new_ones(batch - masked, mask.shape[1]), mask]) for mask in kept]
+        return whole if len(whole) == 3 else (None, *whole)

@@ -155,7 +155,12 @@ def guide(out: Tensor, scale: float | Tensor, channels: int | None = 3) -> Tenso
 
 
 class GuidedNetwork(nn.Module):
-    """A network with a config and ``forward(x, t, y)``, under classifier-free guidance."""
+    """A network with a config and ``forward(x, t, y)``, under classifier-free guidance.
+
+    tokens_vary: whether its blocks meet another number of tokens at each training step.
+    """
+
+    tokens_vary = False
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.
@@ -165,7 +170,12 @@ class GuidedNetwork(nn.Module):
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
-        return guide(out.float(), cfg_scale, self.config.in_channels if channels is None else channels)
+        scale = self.guidance_scale(cfg_scale, t[: len(half)])
+        return guide(out.float(), scale, self.config.in_channels if channels is None else channels)
+
+    def guidance_scale(self, cfg_scale: float, t: Tensor) -> float | Tensor:
+        """What each sample, at time t (B,), is guided by: a number, or (B, 1, 1, 1)."""
+        return cfg_scale
 
 
 def check_latents(x: Tensor, config) -> None:
@@ -175,12 +185,42 @@ def check_latents(x: Tensor, config) -> None:
         raise ValueError(f"the model takes latents of shape {expected}, got {tuple(x.shape[1:])}")
 
 
+def sizes_from_state(state: dict[str, Tensor], first_block: str = "blocks.0") -> dict[str, int | float | bool]:
+    """Fields of a config that the embeddings, the output layer and the first block's MLP tell: width, input_size, patch_size,
+    in_channels, num_classes, learn_sigma, mlp_ratio. Raises ValueError for missing or misshapen weights."""
+    dimensions = {
+        "x_embedder.proj.weight": 4,
+        "pos_embed": 3,
+        "y_embedder.embedding_table.weight": 2,
+        "final_layer.linear.bias": 1,
+        f"{first_block}.mlp.fc1.bias": 1,
+    }
+    missing = [key for key in dimensions if key not in state]
+    if missing:
+        raise ValueError(f"its weights lack {', '.join(missing)}")
+    shapes = {key: tuple(state[key].shape) for key in dimensions}
+    for key, number in dimensions.items():
+        if len(shapes[key]) != number:
+            raise ValueError(f"{key} has the shape {shapes[key]}")
+    width, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    return {
+        "width": width,
+        "input_size": math.isqrt(shapes["pos_embed"][1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "learn_sigma": shapes["final_layer.linear.bias"][0] == 2 * in_channels * patch_size**2,
+        "mlp_ratio": shapes[f"{first_block}.mlp.fc1.bias"][0] / width,
+    }
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile each transformer block: one compilation for each shape, since blocks of one shape share theirs."""
     # Stages, AMM, train and eval, and a smaller last batch each add a graph; beyond the limit blocks silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in model.blocks:
-        block.compile(dynamic=False)
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(dynamic=None if model.tokens_vary else False)
 
 
 def init_weights(model: nn.Module, label_std: float = 0.02) -> None:

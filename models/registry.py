@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models import edt, sit
+from models import dit, edt, mdt, sit
 from models.amm import AMM, default_amm, parse_amm
+from models.dit import DIT_CONFIGS, DiT, DiTConfig
 from models.edt import EDT, EDT_CONFIGS, EDTConfig
+from models.mdt import MDT, MDT_CONFIGS, MDTConfig
 from models.sit import SIT_CONFIGS, SiT, SiTConfig
 
 
@@ -28,6 +30,20 @@ PUBLISHED = {
     "EDT-XL/2": Published(
         params_millions=708.44, gmac=51.83, fid50k_400k=7.52, source="EDT paper, for depths other than the code's"
     ),
+    # The DiT paper: parameters and "FLOPs" in figure 13, FID in table 4.
+    "DiT-S/8": Published(params_millions=33.0, gmac=0.36, fid50k_400k=153.60, source="DiT paper"),
+    "DiT-S/4": Published(params_millions=33.0, gmac=1.41, fid50k_400k=100.41, source="DiT paper"),
+    "DiT-S/2": Published(params_millions=33.0, gmac=6.06, fid50k_400k=68.40, source="DiT paper"),
+    "DiT-B/8": Published(params_millions=131.0, gmac=1.42, fid50k_400k=122.74, source="DiT paper"),
+    "DiT-B/4": Published(params_millions=130.0, gmac=5.56, fid50k_400k=68.38, source="DiT paper"),
+    "DiT-B/2": Published(params_millions=130.0, gmac=23.01, fid50k_400k=43.47, source="DiT paper"),
+    "DiT-L/8": Published(params_millions=459.0, gmac=5.01, fid50k_400k=118.87, source="DiT paper"),
+    "DiT-L/4": Published(params_millions=458.0, gmac=19.70, fid50k_400k=45.64, source="DiT paper"),
+    "DiT-L/2": Published(params_millions=458.0, gmac=80.71, fid50k_400k=23.33, source="DiT paper"),
+    "DiT-XL/8": Published(params_millions=676.0, gmac=7.39, fid50k_400k=106.41, source="DiT paper"),
+    "DiT-XL/4": Published(params_millions=675.0, gmac=29.05, fid50k_400k=43.01, source="DiT paper"),
+    "DiT-XL/2": Published(params_millions=675.0, gmac=118.64, fid50k_400k=19.47, source="DiT paper"),
+    "MDTv2-S/2": Published(fid50k_400k=39.50, source="EDT paper, MDTv2 paper"),
     "SiT-S/2": Published(
         params_millions=33.0, gmac=6.06, fid50k_400k=58.61, source="mediator paper; FID in the SiT paper: 57.6"
     ),
@@ -39,6 +55,8 @@ PUBLISHED = {
 
 # Rows of the table of models that are no model of their own: label -> name, settings
 VARIANTS = {f"SiT-S/2 M={number}": ("SiT-S/2", {"mediator_num": number}) for number in (4, 16, 64)}
+
+STAYS = "this kind of network stays at its resolution: train at the checkpoint's size, or from fresh weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +78,23 @@ FAMILIES = {
         config_from_state=edt.config_from_state,
         size_fields=("widths",),
         objective="gaussian",
-        other_resolution="an EDT stays at its resolution: train at the checkpoint's size, or from fresh weights",
+        other_resolution=STAYS,
+    ),
+    DiTConfig: Family(
+        network=DiT,
+        is_state=dit.is_dit_state,
+        config_from_state=dit.config_from_state,
+        size_fields=("depth", "width", "patch_size"),
+        objective="gaussian",
+        other_resolution=STAYS,
+    ),
+    MDTConfig: Family(
+        network=MDT,
+        is_state=mdt.is_mdt_state,
+        config_from_state=mdt.config_from_state,
+        size_fields=("depth", "width", "patch_size"),
+        objective="gaussian",
+        other_resolution=STAYS,
     ),
     SiTConfig: Family(
         network=SiT,
@@ -72,7 +106,7 @@ FAMILIES = {
         "(--resume-ckpt-low-resolution)",
     ),
 }
-CONFIGS = {**EDT_CONFIGS, **SIT_CONFIGS}
+CONFIGS = {**EDT_CONFIGS, **DIT_CONFIGS, **MDT_CONFIGS, **SIT_CONFIGS}
 
 
 def model_names() -> list[str]:
@@ -121,7 +155,7 @@ def create_model(name: str, *, amm: AMM | str | bool = False, **overrides) -> nn
 
     name: one of :func:`model_names`. amm: False, True (the placement published for this model), or for example "exp:7,10".
     overrides: fields of the model's config, such as input_size, in_channels, num_classes; depths, widths, num_heads (EDT);
-    mediator_num, mediator_layers (SiT).
+    decode_layer (MDTv2); mediator_num, mediator_layers (SiT).
     """
     config = model_config(name, **overrides)
     return build_network(config, resolve_amm(name, amm, input_size=config.input_size))

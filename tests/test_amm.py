@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from models import create_model
 from models.amm import AMM, amm_matrix, default_amm, parse_amm
-from models.attention import Attention
+from models.attention import Attention, RelativePositionBias
 
 GOLDEN = Path(__file__).parent / "golden" / "amm.npz"
 
@@ -55,7 +55,7 @@ def test_no_matrix_for_one_token(grid):
     with pytest.raises(ValueError, match="side 2 or more"):
         amm_matrix(grid, "exp")
     with pytest.raises(ValueError, match="side 2 or more"):
-        Attention(8, 2, grid, position_bias=False, amm="exp")
+        Attention(8, 2, grid, position_bias=None, amm="exp")
 
 
 def plain_attention(attention, x, matrix):
@@ -76,7 +76,8 @@ def plain_attention(attention, x, matrix):
 
 def random_attention(grid, position_bias, amm):
     torch.manual_seed(0)
-    attention = Attention(12, 3, grid, position_bias=position_bias, amm=amm).eval().double()
+    bias = RelativePositionBias(grid, 3) if position_bias else None
+    attention = Attention(12, 3, grid, position_bias=bias, amm=amm).eval().double()
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_()

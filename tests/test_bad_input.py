@@ -158,7 +158,7 @@ def test_wrong_codec(monkeypatch, capsys, checkpoint, tiny_vae):
 
 def test_amm_of_a_block_that_does_not_exist(monkeypatch, capsys, checkpoint):
     argv = ["--ckpt", checkpoint, "--vae", "pixels", "--amm", "exp:99"]
-    assert "this model has blocks 0 to 5" in fails(monkeypatch, capsys, inference.main, argv)
+    assert "those that can have it are 0 to 5" in fails(monkeypatch, capsys, inference.main, argv)
 
 
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(monkeypatch, capsys, latent_store, tmp_path):

@@ -135,8 +135,8 @@ def test_what_is_zero_at_the_start():
         ({"early_mask_block": -1}, "early_mask_block -1"),
         ({"num_classes": 0}, "num_classes"),
         ({"in_channels": 0}, "in_channels"),
-        ({"amm": "exp:7,12"}, "blocks 0 to 11"),
-        ({"amm": "exp:-1"}, "blocks 0 to 11"),
+        ({"amm": "exp:7,12"}, "those that can have it are 0 to 11"),
+        ({"amm": "exp:-1"}, "those that can have it are 0 to 11"),
         ({"hidden": 3, "depth": 1}, "no setting depth, hidden"),
     ],
 )
@@ -421,11 +421,21 @@ def test_gradients_reach_every_table(expansions):
     assert expansions["calls"] == 24
 
 
-def test_masks_of_another_batch_do_not_broadcast():
-    model = create_model("EDT-S/2", **TINY)
-    x, t, y = torch.randn(2, 4, 16, 16), torch.tensor([1, 2]), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="keep masks of shapes"):
-        model(x, t, y, [torch.ones(1, 64, dtype=torch.bool), torch.ones(1, 16, dtype=torch.bool)])
+def random_masks(number, seed=0):
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.rand(number, tokens, generator=draws) > 0.4 for tokens in (64, 16)]
+
+
+def test_masks_belong_to_the_last_samples():
+    model = random_model()
+    x, t, y = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        both = model(x, t, y, random_masks(2))
+        match(both[:1], model(x[:1], t[:1], y[:1]))
+        match(both[1:], model(x[1:], t[1:], y[1:], random_masks(2)))
+        assert not torch.allclose(both[1:], model(x[1:], t[1:], y[1:]), atol=1e-3)
+    with pytest.raises(ValueError, match="for 4 of 3 samples this model takes keep masks of shapes"):
+        model(x, t, y, random_masks(4))
 
 
 def test_amm_model_on_the_meta_device():

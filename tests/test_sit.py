@@ -183,9 +183,9 @@ def test_mediators_in_the_first_blocks(layers):
         ({"depth": 0}, "depth must be positive"),
         ({"num_classes": 0}, "num_classes must be positive"),
         ({"depths": (1, 2)}, "no setting depths"),
-        ({"amm": "exp:12"}, "with plain attention are 0 to 11"),
-        ({"amm": "exp:3", "mediator_num": 4, "mediator_layers": 4}, "with plain attention are 4 to 11"),
-        ({"amm": "exp:3", "mediator_num": 4}, "with plain attention are none"),
+        ({"amm": "exp:12"}, "those that can have it are 0 to 11"),
+        ({"amm": "exp:3", "mediator_num": 4, "mediator_layers": 4}, "those that can have it are 4 to 11"),
+        ({"amm": "exp:3", "mediator_num": 4}, "those that can have it are none"),
         ({"amm": True}, "no AMM placement is published for SiT-S/2"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_pair_together_equals_two_separate_passes(store):
     model, batch, together, sums, train_step = one_step(store, micro_batch_size=6)
     t, weights = map(train_step._own, train_step._sample_timesteps(0))
     diffusion = create_diffusion(min_snr_gamma=5)
-    kwargs = [{"y": batch.y[0]}, {"y": batch.y[1], "keep_masks": batch.keep_masks}]
+    kwargs = [{"y": batch.y[0]}, {"y": batch.y[1], "kept": batch.kept}]
     model.zero_grad()
     losses = [diffusion.training_losses(model, batch.x0, t, kwargs[i], noise=batch.noise[i])["loss"] for i in (0, 1)]
     sum((weights * loss).mean() for loss in losses).backward()
@@ -89,7 +89,7 @@ def test_the_pair_together_equals_two_separate_passes(store):
 
 def test_unmasked_training_has_one_pass(store):
     _, batch, _, sums, _ = one_step(store, micro_batch_size=6, masked=False)
-    assert batch.y.shape == (1, 6) and batch.keep_masks == []
+    assert batch.y.shape == (1, 6) and batch.kept == []
     assert sums["loss_masked"] == 0 and sums["loss"] == pytest.approx(sums["loss_plain"])
 
 
@@ -110,14 +110,14 @@ def test_draws_do_not_depend_on_the_share(store):
     part = Batches(store, order, range(2, 4), null_label=3, mask_places=places)(5)
     assert torch.equal(whole.x0[2:4], part.x0) and torch.equal(whole.noise[:, 2:4], part.noise)
     assert torch.equal(whole.y[:, 2:4], part.y)
-    assert all(torch.equal(a[2:4], b) for a, b in zip(whole.keep_masks, part.keep_masks, strict=True))
+    assert all(torch.equal(a[2:4], b) for a, b in zip(whole.kept, part.kept, strict=True))
     assert not torch.equal(whole.noise[0], whole.noise[1])  # the passes are independent
 
 
 def test_mask_ratio_lies_in_the_published_range(store):
     places = create_model("EDT-S/2").config.mask_places
     batches = Batches(store, DataOrder(store.num_images, 64, 0), range(64), null_label=3, mask_places=places)
-    dropped = np.array([[1 - mask.float().mean().item() for mask in batches(step).keep_masks] for step in range(8)])
+    dropped = np.array([[1 - mask.float().mean().item() for mask in batches(step).kept] for step in range(8)])
     assert (dropped[:, 0] > 0.38).all() and (dropped[:, 0] < 0.52).all()
     assert (dropped[:, 1] > 0.08).all() and (dropped[:, 1] < 0.22).all()
     assert dropped[:, 0].std() > 0.01  # one ratio per pass, not one for ever

@@ -15,11 +15,14 @@ from runtime.draws import Purpose, generator, normals, uniforms
 
 
 class MaskPlace(Protocol):
-    """A place of a network's masked pass: so many tokens, dropped with one probability ~ U(low, high) per pass."""
+    """A place of a network's masked pass: so many tokens, of which a share ~ U(low, high) per pass is dropped."""
 
     num_tokens: int
     low: float
     high: float
+
+    def kept(self, uniforms: Tensor, share: float) -> Tensor:
+        """U(0, 1) draws (b, num_tokens) -> what the network takes for the tokens that are kept, (b, ...)."""
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Batch:
     x0: Tensor  # (b, C, S, S)
     y: Tensor  # (P, b) int64, null labels where dropped
     noise: Tensor  # (P, b, C, S, S)
-    keep_masks: list[Tensor]  # bool (b, tokens) for each mask place; empty without a masked pass
+    kept: list[Tensor]  # (b, ...) for each mask place: the tokens that are kept; empty without a masked pass
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor) -> Tensor:
@@ -37,11 +40,11 @@ class Batch:
                 return tensor.to(device)
             return tensor.pin_memory().to(device, non_blocking=True)
 
-        return Batch(move(self.x0), move(self.y), move(self.noise), [move(mask) for mask in self.keep_masks])
+        return Batch(move(self.x0), move(self.y), move(self.noise), [move(kept) for kept in self.kept])
 
     def slice(self, start: int, stop: int) -> "Batch":
         part = slice(start, stop)
-        return Batch(self.x0[part], self.y[:, part], self.noise[:, part], [mask[part] for mask in self.keep_masks])
+        return Batch(self.x0[part], self.y[:, part], self.noise[:, part], [kept[part] for kept in self.kept])
 
 
 class DataOrder:
@@ -100,16 +103,16 @@ class Batches:
         labels = torch.from_numpy(source.labels[indices])
         noise = torch.stack([normals(seed, purpose, share, step, shape) for purpose, _ in self.passes])
         dropped = torch.stack([uniforms(seed, purpose, share, step) for _, purpose in self.passes]) < self.label_dropout
-        return Batch(x0, torch.where(dropped, self.null_label, labels), noise, self._keep_masks(step))
+        return Batch(x0, torch.where(dropped, self.null_label, labels), noise, self._kept(step))
 
-    def _keep_masks(self, step: int) -> list[Tensor]:
+    def _kept(self, step: int) -> list[Tensor]:
         if self.mask_places is None:
             return []
         sizes = [place.num_tokens for place in self.mask_places]
         ratios = uniforms(self.order.seed, Purpose.MASK_RATIO, [0], step, (len(sizes),))[0].tolist()
         tokens = uniforms(self.order.seed, Purpose.MASK_TOKENS, self.share, step, (sum(sizes),)).split(sizes, dim=1)
         return [
-            u >= place.low + (place.high - place.low) * ratio
+            place.kept(u, place.low + (place.high - place.low) * ratio)
             for u, place, ratio in zip(tokens, self.mask_places, ratios, strict=True)
         ]
 

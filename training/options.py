@@ -28,6 +28,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         "--mediator-num", type=positive_int, help="SiT only: attention through so many mediator tokens, a square"
     )
     model.add_argument("--mediator-layers", type=positive_int, help="how many of the first blocks have them (default: all)")
+    model.add_argument("--decode-layer", type=positive_int, help="MDTv2 only: how many of the blocks decode (default: 4)")
     _add_data_arguments(parser)
 
     run = parser.add_argument_group("the run")
@@ -59,7 +60,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     recipe.add_argument("--weight-decay", type=non_negative_float, default=0.0)
     recipe.add_argument("--ema-decay", type=number(float, 0.0, 0.999999), default=0.9999)
     recipe.add_argument("--label-dropout", type=probability, default=0.1, help="probability of training without the label")
-    recipe.add_argument("--masked", action=BooleanFlag, help="also predict from masked tokens in every step (EDT)")
+    recipe.add_argument("--masked", action=BooleanFlag, help="also predict from masked tokens in every step (EDT, MDTv2)")
     add_objective_arguments(parser)
     _add_report_arguments(parser)
 

@@ -16,6 +16,7 @@ from data.store import PUBLISHED_CODEC, LatentStore
 from models import create_model
 from models.checkpoints import Checkpoint, describe, load_weights, read_checkpoint, warm_start
 from models.layers import compile_blocks
+from models.registry import model_config
 from models.resolution import change_resolution
 from runtime.distributed import check_precision, my_share, note, start_training, together
 from training.checkpoint import new_run_folder, read_resume
@@ -31,9 +32,10 @@ DEFAULT_IMAGE_SIZE = 256
 DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
 
 # What the result of a run depends on: these cannot change when it is resumed.
+MODEL_FLAGS = ("mediator_num", "mediator_layers", "decode_layer")  # fields of some models' configs
 FIXED_FLAGS = (
-    "seed", "global_batch_size", "num_classes", "masked", "optimizer", "weight_decay", "ema_decay", "label_dropout",
-    "precision", "mediator_num", "mediator_layers", "objective", "timestep_sampler", "min_snr_gamma", "path_type", "prediction",
+    *MODEL_FLAGS, "seed", "global_batch_size", "num_classes", "masked", "optimizer", "weight_decay", "ema_decay",
+    "label_dropout", "precision", "objective", "timestep_sampler", "min_snr_gamma", "path_type", "prediction",
     "loss_weight", "train_eps",
 )  # fmt: skip
 
@@ -122,13 +124,18 @@ def new_model(args: Namespace, source: Source, num_classes: int, objective: Obje
     """The named model for these latents, with fresh weights."""
     channels, side, _ = source.latent_shape
     settings = {"input_size": side, "in_channels": channels, "num_classes": num_classes}
-    if args.model.startswith("SiT"):
+    config = model_config(args.model)
+    for name in MODEL_FLAGS:
+        value = getattr(args, name)
+        if value is not None and not hasattr(config, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value}: {args.model} has no such setting; leave the flag out")
+        settings |= {name: value} if value is not None else {}
+    if hasattr(config, "keep_sigma"):
         # Gaussian diffusion also learns the variance, which a transport does not have.
-        settings |= {"mediator_num": args.mediator_num, "mediator_layers": args.mediator_layers}
         settings["keep_sigma"] = objective.facts["name"] == "gaussian"
-    elif args.mediator_num or args.mediator_layers:
-        raise ValueError(f"--mediator-num and --mediator-layers belong to SiT, not to --model {args.model}: leave them out")
-    return create_model(args.model, **settings)
+    model = create_model(args.model, **settings)
+    return model if args.masked or not hasattr(model, "without_masked_pass") else model.without_masked_pass()
 
 
 def _mask_places(args: Namespace, model: nn.Module) -> tuple | None:

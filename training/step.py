@@ -81,8 +81,8 @@ class TrainingStep:
         """
         passes, b = batch.y.shape
         model_kwargs = {"y": batch.y.flatten()}
-        if batch.keep_masks:
-            model_kwargs["keep_masks"] = [torch.cat([torch.ones_like(mask), mask]) for mask in batch.keep_masks]
+        if batch.kept:
+            model_kwargs["kept"] = batch.kept
         losses = self.diffusion.training_losses(
             self.model,
             batch.x0.repeat(passes, 1, 1, 1),
