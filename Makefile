@@ -1,4 +1,4 @@
-# make demo | demo-mediators | test | test-tf | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything
+# make demo | demo-mediators | test | test-tf | test-cuda | lint | bench | demo-clean | clean. Needs Python 3.11, git and make; everything
 # else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -8,7 +8,7 @@ D := demo_output
 PROCESSES = $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count() or 2; print(2 ** (n.bit_length() - 1))")
 TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo demo-mediators test test-tf lint bench demo-clean clean
+.PHONY: demo demo-mediators test test-tf test-cuda lint bench demo-clean clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt pyproject.toml
@@ -32,6 +32,10 @@ test: .venv/installed
 
 test-tf: .venv-tf/installed
 	REQUIRE_TENSORFLOW=1 $(TF_BIN)/python -m pytest tests/test_inception_tf.py
+
+# On a machine with a GPU; test keeps off it.
+test-cuda: .venv/installed
+	REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/test_cuda.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

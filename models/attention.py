@@ -107,8 +107,8 @@ class BiasedAttention(nn.Module):
 class Attention(BiasedAttention):
     """Self-attention over N = grid^2 tokens.
 
-    position_bias: a learned :class:`RelativePositionBias` to add, or None. amm: None, "exp" or "cos"; in eval mode the attention
-    probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None,
+    position_bias: a learned :class:`RelativePositionBias` to add, or None. amm: None, "exp" or "cos"; in eval mode the
+    attention probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None,
     (1, H, N, N), or with active AMM (1, 1 or H, N, 2N).
 
     AMM through a fused softmax: with c = max M, every key appears twice, once with score s + log M and its value v, once with

@@ -1,7 +1,8 @@
-"""MDTv2: a masked diffusion transformer (Gao et al. 2023, "MDTv2: Masked Diffusion Transformer is a Strong Image Synthesizer").
+"""MDTv2, a masked diffusion transformer (Gao et al. 2023, "MDTv2: Masked Diffusion Transformer is a Strong Image
+Synthesizer").
 
-Encoder-in blocks, as many encoder-out blocks with skip connections from them, and decoder blocks, each with the embedded patches
-as its skip. In training a second pass runs the encoder on a part of the tokens; the side block fills in the rest.
+Encoder-in blocks, as many encoder-out blocks with skip connections from them, and decoder blocks, each with the embedded
+patches as its skip. In training a second pass runs the encoder on a part of the tokens; the side block fills in the rest.
 """
 
 import math
@@ -176,10 +177,24 @@ class MDT(GuidedNetwork):
         if kept is None:
             x = self._encode(patches, c, None) + self.decoder_pos_embed
         else:
+            self._check_kept(kept, len(x))
             x = self._encode_both(patches, c, *kept)
         for block in self.de_blocks:
             x = block(x, c, block.attn.score_bias(), patches)
         return self.final_layer(x, c)
+
+    def _check_kept(self, kept: Sequence[Tensor], batch: int) -> None:
+        if len(kept) != 1:
+            raise ValueError(f"the masked pass takes one tensor of kept tokens, got {len(kept)}")
+        [tokens], number = kept, self.config.grid**2
+        small = tokens.ndim == 2 and len(tokens) <= batch and 0 < tokens.shape[1] <= number
+        if tokens.dtype != torch.int64 or not small:
+            raise ValueError(
+                f"for {batch} samples of {number} tokens the masked pass takes those that are kept, int64 (M, K), of at most so "
+                f"many samples and tokens, got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if any(block.attn.amm_is_active for block in self.blocks):
+            raise ValueError("AMM is active: a masked pass is of training, use train mode or a model without AMM")
 
     def _encode(self, x: Tensor, c: Tensor, tokens: Tensor | None) -> Tensor:
         """x: (B, N, D), or only the tokens (B, K), as (B, K, D)."""
@@ -201,10 +216,6 @@ class MDT(GuidedNetwork):
         """The decoder's input (B, N, D): the last M samples' tokens (M, K) are encoded by themselves, and the side block
         predicts the others from them."""
         whole = len(patches) - len(tokens)
-        if whole < 0 or tokens.ndim != 2:
-            raise ValueError(
-                f"a batch of {len(patches)} samples takes (M, K) kept tokens of at most so many, got {tokens.shape}"
-            )
         places = tokens[..., None].expand(-1, -1, patches.shape[2])  # (M, K, D)
         seen = self._encode(patches[whole:].gather(1, places), c[whole:], tokens)
         filled = self.mask_token.to(seen.dtype).expand(*patches[whole:].shape).scatter(1, places, seen)

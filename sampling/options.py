@@ -20,10 +20,12 @@ from models.layers import compile_blocks
 from models.registry import resolve_amm
 from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positive_float, positive_int, seed
 from runtime.distributed import autocast_dtype, check_precision
+from runtime.fetch import fetch
 from runtime.files import file_sha256
 from sampling.generate import Guidance
 from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
 
+CKPT_HELP = "of training or published: a file, a diffusers folder, an URL#sha256=HEX, or a hub id, as OWNER/NAME[/FILE.pt]"
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
 
@@ -40,8 +42,13 @@ class AMMFlag(BooleanFlag):
 def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None:
     """ckpt False: the script has its own flags for several checkpoints."""
     if ckpt:
-        parser.add_argument("--ckpt", required=True, help="checkpoint of training, or a published one")
+        parser.add_argument("--ckpt", required=True, help=CKPT_HELP)
         parser.add_argument("--amm", action=AMMFlag, help="attention modulation: True = the model's placement, or exp:7,10")
+        parser.add_argument(
+            "--cfg-power",
+            type=non_negative_float,
+            help="MDTv2: guidance grows with time as a power-cosine; 0 = the same at all times (default: 4, as published)",
+        )
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of the checkpoint")
     parser.add_argument("--model", choices=model_names(), help="default: what the checkpoint holds; another one is an error")
     parser.add_argument("--vae", help="decoder: a folder, hub id, sd-vae-ft-ema, -mse or pixels (default: the checkpoint's)")
@@ -122,14 +129,25 @@ class Pipeline:
 def build_pipeline(args: Namespace, device: torch.device) -> Pipeline:
     """From the flags of :func:`add_sampling_arguments`. Raises ValueError for a checkpoint, codec or flag that does not fit."""
     check_precision(args.precision, device)
-    checkpoint = read_checkpoint(args.ckpt, args.weights)
+    checkpoint = read_checkpoint(fetch(args.ckpt), args.weights, args.model)
     amm = resolve_amm(args.model or checkpoint.model, args.amm, args.cfg_scale, checkpoint.config.input_size)
     model = build_model(checkpoint, name=args.model, amm=amm).to(device)
+    if args.cfg_power is not None:
+        set_cfg_power(model, args.cfg_power)
     if args.compile:
         compile_blocks(model)
     pipeline = assemble(args, checkpoint, model, build_sampler(args, checkpoint), device)
-    pipeline.settings.update(checkpoint_sha256=file_sha256(args.ckpt), amm=str(amm or "off"))
+    pipeline.settings.update(checkpoint_sha256=file_sha256(checkpoint.path), amm=str(amm or "off"))
+    if hasattr(model, "cfg_power"):
+        pipeline.settings["cfg_power"] = model.cfg_power
     return pipeline
+
+
+def set_cfg_power(model: nn.Module, power: float) -> None:
+    """Raises ValueError for a network whose guidance does not depend on time."""
+    if not hasattr(model, "cfg_power"):
+        raise ValueError(f"--cfg-power {power:g} belongs to MDTv2: the checkpoint holds another network; leave the flag out")
+    model.cfg_power = power
 
 
 def assemble(args: Namespace, checkpoint: Checkpoint, model: nn.Module, sampler: Sampler, device: torch.device) -> Pipeline:

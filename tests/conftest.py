@@ -1,6 +1,11 @@
 """Fixtures that several test files share: tiny inputs made on the spot, nothing is downloaded."""
 
+import os
 from pathlib import Path
+
+# The tests' promises are a CPU's, of one process or two: on a machine with GPUs they keep off these, but for test_cuda.py.
+if not os.environ.get("REQUIRE_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
