@@ -3,33 +3,34 @@
 python -m benchmarks.edt [--model EDT-S/2] [--batch-size 8] [--train-batch-size 4] [--threads 2] [--compile]
 """
 
-import copy
 import functools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
+from benchmarks.networks import (
+    LEARNING_RATE,
+    add_limit_arguments,
+    compiled,
+    forward_call,
+    limits,
+    random_inputs,
+    randomized,
+    training_batch,
+    training_step,
+)
 from benchmarks.products import record_products
 from benchmarks.reference import with_plain_attention
 from benchmarks.report import device_name, environment, table, write_section
 from benchmarks.timing import Case, Result, measure, time_ratio
-from data.sources import DummySource
-from diffusion import create_diffusion
-from diffusion.timesteps import LossSecondMomentSampler
 from models import create_model, model_names
 from models.registry import default_amm
 from runtime import cli
 from runtime.distributed import start, start_training
-from training.data import Batch, Batches, DataOrder
-from training.ema import EMA
-from training.optim import create_optimizer
+from training.data import Batch
 from training.step import TrainingStep
-
-SEED = 0
-LEARNING_RATE = 1e-6  # the work is the same at any; a small one keeps the weights where they are
 
 CAPTION = """The cases take turns in shuffled order. Spread: interquartile range / median. Time / plain: the median of the
 rounds' ratios to the plain formulation (attention written out, position bias gathered at each call; in training also one pass
@@ -44,47 +45,14 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument("--batch-size", type=cli.positive_int, default=8, help="images in a forward")
     parser.add_argument("--train-batch-size", type=cli.positive_int, default=4, help="images in a training step, each twice")
     parser.add_argument("--train-precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--repeats", type=cli.positive_int, default=15, help="rounds in which every case is timed once")
-    parser.add_argument("--warmup", type=cli.positive_int, default=1, help="rounds before them that do not count")
-    parser.add_argument(
-        "--budget-seconds",
-        type=cli.positive_float,
-        default=40.0,
-        help="for the rounds of the forwards, and again for those of the training steps: none begins later",
+    add_limit_arguments(
+        parser,
+        repeats=15,
+        budget_seconds=40.0,
+        budget_is_for="for the rounds of the forwards, and again for those of the training steps",
     )
-    parser.add_argument("--threads", type=cli.positive_int, help="of the CPU (default: as torch chooses)")
     parser.add_argument("--compile", action=cli.BooleanFlag, help="also time forwards with compiled blocks")
     return parser.parse_args(argv)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """The model with N(0, 0.02) in place of the parameters that start as zeros, so that every block contributes."""
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def random_inputs(config, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(batch_size, config.in_channels, config.input_size, config.input_size, generator=generator)
-    t = torch.randint(0, 1000, (batch_size,), generator=generator)
-    y = torch.randint(0, config.num_classes, (batch_size,), generator=generator)
-    return x.to(device), t.to(device), y.to(device)
-
-
-def forward_call(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
-    """As in sampling. dtype: of autocast, which casts the weights at every call here; None: off."""
-    device = inputs[0].device
-
-    @torch.inference_mode()
-    def call() -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(*inputs)
-
-    return call
 
 
 def forward_cases(args, device: torch.device) -> list[Case]:
@@ -111,21 +79,11 @@ def forward_cases(args, device: torch.device) -> list[Case]:
     return cases
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """A copy whose blocks are compiled, as training does it."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    return model
-
-
 def training_cases(args, accelerator: Accelerator) -> list[Case]:
     """One step on the masked pair of passes: as it is, with one pass after the other, and that with plain attention."""
     network = randomized(create_model(args.model))
-    config, b = network.config, args.train_batch_size
-    source = DummySource(b, config.num_classes, (config.in_channels, config.input_size, config.input_size))
-    batches = Batches(source, DataOrder(b, b, SEED), range(b), null_label=config.num_classes, mask_places=config.mask_places)
-    batch = batches(0)  # made beforehand: training makes it in a thread, one step ahead
+    b = args.train_batch_size
+    batch = training_batch(network.config, b, masked=True)
     plain = training_step(with_plain_attention(network), b, accelerator)
     together = training_step(network, b, accelerator)
     runs = {
@@ -138,17 +96,6 @@ def training_cases(args, accelerator: Accelerator) -> list[Case]:
         Case(name, run, items=b, baseline=None if name == baseline else baseline, products=record_products(run))
         for name, run in runs.items()
     ]
-
-
-def training_step(network: nn.Module, batch_size: int, accelerator: Accelerator) -> TrainingStep:
-    """The pieces of train_mask_adan.py."""
-    network.to(accelerator.device).train()
-    ema = EMA(network, 0.9999)
-    optimizer = create_optimizer("adan", network.parameters(), LEARNING_RATE)
-    model, optimizer = accelerator.prepare(network, optimizer)
-    diffusion, sampler = create_diffusion(min_snr_gamma=5.0), LossSecondMomentSampler()
-    share = range(batch_size)
-    return TrainingStep(accelerator, model, optimizer, ema, diffusion, sampler, SEED, batch_size, share, batch_size)
 
 
 def one_pass_after_the_other(step: TrainingStep, batch: Batch) -> None:
@@ -168,10 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = start().device
-    limits = {"repeats": args.repeats, "warmup": args.warmup, "budget_seconds": args.budget_seconds}
-    forwards = measure(forward_cases(args, device), device=device, memory=True, **limits)
+    forwards = measure(forward_cases(args, device), device=device, memory=True, **limits(args))
     accelerator = start_training(args.train_precision)
-    steps = measure(training_cases(args, accelerator), device=device, memory=True, **limits)
+    steps = measure(training_cases(args, accelerator), device=device, memory=True, **limits(args))
     text = report(args, device, forwards, steps)
     print(text)
     write_section(f"benchmarks.edt: {args.model} on {device_name(device)}", text)

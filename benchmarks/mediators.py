@@ -12,14 +12,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from benchmarks.edt import forward_call, random_inputs, randomized
+from benchmarks.networks import add_limit_arguments, compiled, forward_call, limits, random_inputs, randomized
 from benchmarks.reference import with_plain_attention
 from benchmarks.report import device_name, environment, table, write_section
 from benchmarks.timing import Case, Result, measure, time_ratio
 from diffusion.transport import SDE, Sampler, create_transport
 from models import create_model
 from models.attention import Attention
-from models.layers import compile_blocks
 from models.macs import multiply_accumulates as macs
 from models.registry import model_config
 from models.sit import SiTConfig
@@ -50,12 +49,7 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument("--mediators", type=cli.positive_int, nargs="+", default=[4, 64], help="square numbers")
     parser.add_argument("--batch-size", type=cli.positive_int, default=2, help="images in a forward")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--repeats", type=cli.positive_int, default=31, help="rounds in which every case is timed once")
-    parser.add_argument("--warmup", type=cli.positive_int, default=1, help="rounds before them that do not count")
-    parser.add_argument(
-        "--budget-seconds", type=cli.positive_float, default=60.0, help="for the rounds of an image size: none begins later"
-    )
-    parser.add_argument("--threads", type=cli.positive_int, help="of the CPU (default: as torch chooses)")
+    add_limit_arguments(parser, repeats=31, budget_seconds=60.0, budget_is_for="for the rounds of an image size")
     parser.add_argument("--compile", action=cli.BooleanFlag, help="also time forwards with compiled blocks")
     args = parser.parse_args(argv)
     for size in args.image_sizes:
@@ -103,16 +97,14 @@ def forward_cases(args, image_size: int, device: torch.device) -> list[Case]:
     for mediators in args.mediators:
         own = network(mediators)
         networks |= {f"M = {mediators}": own, f"M = {mediators}, published": with_plain_attention(own)}
-    x, t, y = random_inputs(plain.config, args.batch_size, device)
+    inputs = random_inputs(plain.config, args.batch_size, device)
     dtype = torch.bfloat16 if args.precision == "bf16" else None
     cases = []
     for mode in modes(args):
         for name, built in networks.items():
-            if mode:
-                built = copy.deepcopy(built)
-                compile_blocks(built)
+            built = compiled(built) if mode else built
             baseline = None if name == "plain" else f"plain{mode}"
-            cases.append(Case(name + mode, forward_call(built, (x, t / 1000, y), dtype), args.batch_size, baseline))
+            cases.append(Case(name + mode, forward_call(built, inputs, dtype), args.batch_size, baseline))
     return cases
 
 
@@ -217,12 +209,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = start().device
-    limits = {"repeats": args.repeats, "warmup": args.warmup, "budget_seconds": args.budget_seconds, "device": device}
     forwards = {}
     for size in args.image_sizes:
-        measured = measure(forward_cases(args, size, device), memory=True, **limits)
+        measured = measure(forward_cases(args, size, device), device=device, memory=True, **limits(args))
         forwards[size] = {result.name: result for result in measured}
-    text = report(args, device, forwards, measure(sampling_cases(args, device), **limits))
+    text = report(args, device, forwards, measure(sampling_cases(args, device), device=device, **limits(args)))
     print(text)
     write_section(f"benchmarks.mediators: {MODEL} on {device_name(device)}", text)
 

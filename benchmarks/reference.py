@@ -28,15 +28,17 @@ class PlainAttention(Attention):
     call."""
 
     def score_bias(self) -> None:
-        """Nothing is prepared outside :meth:`forward`."""
+        """Nothing is prepared outside :meth:`forward`, but what is among some of the tokens only: ``score_bias_among``."""
 
-    def forward(self, x: Tensor, bias: None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As :meth:`Attention.forward`."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D/H)
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, N, N)
-        if hasattr(self, "rel_pos_bias"):
-            scores = scores + self.rel_pos_bias()
+        if bias is None and hasattr(self, "rel_pos_bias"):
+            bias = self.rel_pos_bias()
+        if bias is not None:
+            scores = scores + bias
         probabilities = scores.softmax(dim=-1)
         if self.amm_is_active:
             probabilities = probabilities * _modulation(math.isqrt(N), self.amm, probabilities.device)

@@ -19,36 +19,41 @@ Each section is written by the benchmark it names and replaced when that runs ag
 """
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three digits or, from 100, whole."""
     return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
 COLUMNS: tuple[tuple[str, Callable[[Result], float | None], Callable[[float | None], str]], ...] = (
-    ("ms/{item}", lambda result: result.ms_per_item, _number),
-    ("spread", lambda result: result.spread, _percent),
-    ("time / {baseline}", lambda result: result.ratio, _number),
-    ("GFLOP/s", lambda result: result.gflops_per_second, _number),
-    ("products' GFLOP/s", lambda result: result.product_gflops_per_second, _number),
-    ("share", lambda result: result.share_of_product_rate, _percent),
-    ("peak MB", lambda result: None if result.peak_bytes is None else result.peak_bytes / 1e6, _number),
+    ("ms/{item}", lambda result: result.ms_per_item, number),
+    ("spread", lambda result: result.spread, percent),
+    ("time / {baseline}", lambda result: result.ratio, number),
+    ("GFLOP/s", lambda result: result.gflops_per_second, number),
+    ("products' GFLOP/s", lambda result: result.product_gflops_per_second, number),
+    ("share", lambda result: result.share_of_product_rate, percent),
+    ("peak MB", lambda result: None if result.peak_bytes is None else result.peak_bytes / 1e6, number),
 )
 
 
 def table(results: Sequence[Result], *, item: str = "image", baseline: str = "plain") -> str:
-    """A Markdown table with aligned columns, without those that no result has a value for.
+    """A Markdown table of the results, without the columns that none of them has a value for.
 
     item, baseline: what is counted and compared with, for the heading.
     """
     columns = [column for column in COLUMNS if any(column[1](result) is not None for result in results)]
     rows = [["case", *(title.format(item=item, baseline=baseline) for title, _, _ in columns)]]
     rows += [[result.name, *(show(value(result)) for _, value, show in columns)] for result in results]
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    rows = [rows[0], ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])], *rows[1:]]
     return "\n".join("| " + " | ".join(_aligned(row, widths)) + " |" for row in rows)
 
 
