@@ -99,8 +99,8 @@ def config_from_state(state: dict[str, Tensor]) -> MDTConfig:
 class SkipBlock(Block):
     """A :class:`Block` whose input x is joined with a skip connection: Linear([x, skip])."""
 
-    def __init__(self, width: int, attention: Attention, mlp_ratio: float):
-        super().__init__(width, width, attention, mlp_ratio)
+    def __init__(self, width: int, cond_width: int, attention: Attention, mlp_ratio: float):
+        super().__init__(width, cond_width, attention, mlp_ratio)
         self.skip_linear = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, c: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
@@ -142,9 +142,7 @@ class MDT(GuidedNetwork):
         config = self.config
         bias = RelativePositionBias(config.grid, config.num_heads, spare_rows=SPARE_ROWS, keep_index=True)
         attention = Attention(config.width, config.num_heads, config.grid, position_bias=bias, amm=form)
-        if kind is SkipBlock:
-            return SkipBlock(config.width, attention, config.mlp_ratio)
-        return Block(config.width, config.width, attention, config.mlp_ratio)
+        return kind(config.width, config.width, attention, config.mlp_ratio)
 
     @property
     def blocks(self) -> list[Block]:
@@ -190,8 +188,8 @@ class MDT(GuidedNetwork):
         small = tokens.ndim == 2 and len(tokens) <= batch and 0 < tokens.shape[1] <= number
         if tokens.dtype != torch.int64 or not small:
             raise ValueError(
-                f"for {batch} samples of {number} tokens the masked pass takes those that are kept, int64 (M, K), of at most so "
-                f"many samples and tokens, got {tokens.dtype} {tuple(tokens.shape)}"
+                f"for {batch} samples of {number} tokens the masked pass takes those that are kept, int64 (M, K), of at most "
+                f"so many samples and tokens, got {tokens.dtype} {tuple(tokens.shape)}"
             )
         if any(block.attn.amm_is_active for block in self.blocks):
             raise ValueError("AMM is active: a masked pass is of training, use train mode or a model without AMM")

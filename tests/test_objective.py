@@ -41,6 +41,8 @@ def checkpoint_of(results: Path) -> Path:
     [
         ("EDT-Ti/2", "transport", {"loss", "loss_plain", "loss_masked"}),
         ("EDT-Ti/2", "gaussian", {"loss", "mse", "vb", "loss_plain", "loss_masked"}),
+        ("DiT-Ti/2", "transport", {"loss", "loss_plain"}),
+        ("MDTv2-Ti/2", "transport", {"loss", "loss_plain", "loss_masked"}),
         ("SiT-Ti/2", "transport", {"loss", "loss_plain"}),
         ("SiT-Ti/2", "gaussian", {"loss", "mse", "vb", "loss_plain"}),
     ],

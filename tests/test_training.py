@@ -41,10 +41,10 @@ def tiny_model(seed: int = 0):
     return perturb(create_model("EDT-Ti/2", **TINY, num_classes=3), 0.05)
 
 
-def one_step(store, *, micro_batch_size: int, masked: bool = True, sampler=None, step: int = 0):
-    """The gradient of a step (before the optimizer uses it), its sums, and the timestep sampler."""
+def one_step(store, *, micro_batch_size: int, masked: bool = True, sampler=None, step: int = 0, model=None):
+    """The gradient of a step (before the optimizer uses it), its sums, and the timestep sampler. model: an EDT by default."""
     accelerator = start_training("fp32")
-    model = tiny_model()
+    model = model or tiny_model()
     order = DataOrder(store.num_images, 6, seed=3)
     batches = Batches(store, order, range(6), null_label=3, mask_places=model.config.mask_places if masked else None)
     gradients = {}
@@ -233,9 +233,8 @@ def test_training_writes_what_it_promises(uninterrupted):
     assert state["config"]["class_names"] == ["ant", "bee", "cat"] and state["args"]["global_batch_size"] == 4
 
 
-def test_resume_after_kill_is_bitwise_the_uninterrupted_run(latent_store, uninterrupted, tmp_path):
-    """kill -9 at a random moment after the first checkpoint; published training restored the optimizer only."""
-    argv = train_argv(latent_store, tmp_path, "--resume", "auto")
+def kill_after_a_checkpoint(argv: list[str], results: Path) -> None:
+    """kill -9 at a random moment after the first one."""
     # Slowed down so that the kill falls inside the run, at another place each time.
     slow = (
         "import time, training.step as s; call = s.TrainingStep.__call__\n"
@@ -246,12 +245,18 @@ def test_resume_after_kill_is_bitwise_the_uninterrupted_run(latent_store, uninte
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("*/checkpoints/*.pt")):
+    while not list(results.glob("*/checkpoints/*.pt")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
     time.sleep(np.random.default_rng().uniform(0, 0.4))
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def test_resume_after_kill_is_bitwise_the_uninterrupted_run(latent_store, uninterrupted, tmp_path):
+    """Published training restored the optimizer only."""
+    argv = train_argv(latent_store, tmp_path, "--resume", "auto")
+    kill_after_a_checkpoint(argv, tmp_path)
     train_mask_adan.main(argv)
     assert_same_state(final_state(tmp_path), final_state(uninterrupted))
     name = "000-EDT-Ti-2/metrics.jsonl"
