@@ -4,7 +4,7 @@ import http.client
 import os
 from pathlib import Path
 
-import torch.hub
+from runtime.fetch import cached_path, download
 
 FLAG = "--inception-weights"
 
@@ -22,14 +22,12 @@ def find_file(path: str | os.PathLike | None, variable: str, url: str, *, hash_p
                 raise ValueError(f"{source} {named} is no file: it is to be {url}")
             return Path(named)
     name = Path(url).name
-    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    cached = cached_path(name)
     for candidate in (Path(name), cached):
         if candidate.is_file():
             return candidate
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        # With a progress bar, to a temporary name that is moved when all is well.
-        torch.hub.download_url_to_file(url, str(cached), hash_prefix=hash_prefix)
+        download(url, cached, hash_prefix)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: another checksum
         raise ValueError(
             f"cannot download {url} to {cached.parent} ({error}): fetch it on a machine that can, and name it with {FLAG} FILE "

@@ -136,13 +136,17 @@ def is_edt_state(state: dict[str, Tensor]) -> bool:
 def config_from_state(state: dict[str, Tensor]) -> EDTConfig:
     """Infer an EDT's config from the keys and shapes of its state dict: also the depths, which differ between published files.
 
-    Raises ValueError for missing keys, and where neighbouring stages are equally wide: the keys do not tell them apart.
+    early_mask_block is the registered model's of these widths. Raises ValueError for missing keys, and where neighbouring
+    stages are equally wide: the keys do not tell them apart.
     """
     sizes = sizes_from_state(state)
     del sizes["width"]
     runs: list[list[int]] = []  # [width, heads, depth] of each stage
     while (key := f"blocks.{sum(run[2] for run in runs)}.attn") + ".qkv.weight" in state:
-        width, heads = state[key + ".qkv.weight"].shape[1], state[key + ".rel_pos_bias.relative_position_bias_table"].shape[1]
+        table = state.get(key + ".rel_pos_bias.relative_position_bias_table")
+        if table is None:
+            raise ValueError(f"its weights lack the table of {key}.rel_pos_bias, which tells the number of heads")
+        width, heads = state[key + ".qkv.weight"].shape[1], table.shape[1]
         if runs and runs[-1][0] == width:
             runs[-1][2] += 1
         else:
@@ -150,7 +154,15 @@ def config_from_state(state: dict[str, Tensor]) -> EDTConfig:
     if len(runs) != NUM_STAGES:
         raise ValueError(f"the blocks have {len(runs)} different widths in a row, an EDT has {NUM_STAGES} stages")
     widths, num_heads, depths = zip(*runs, strict=True)
-    return EDTConfig(depths=depths, widths=widths, num_heads=num_heads, **sizes)
+    return EDTConfig(
+        depths=depths, widths=widths, num_heads=num_heads, early_mask_block=_early_mask_block(widths, depths[0]), **sizes
+    )
+
+
+def _early_mask_block(widths: tuple[int, ...], depth: int) -> int | None:
+    """How a model is trained its weights do not say: as the registered one of these widths, if stage 0 has that block."""
+    known = next((config.early_mask_block for config in EDT_CONFIGS.values() if config.widths == widths), None)
+    return known if known is not None and known < depth else None
 
 
 class DownSample(nn.Module):

@@ -9,13 +9,14 @@ import torch
 
 from data.store import PUBLISHED_SCALE
 from diffusion.transport import ODE
-from models.checkpoints import Checkpoint, build_model, read_checkpoint
+from models.checkpoints import Checkpoint, build_model, read_checkpoint, weights_file
 from models.layers import compile_blocks
 from models.macs import multiply_accumulates
 from models.registry import size
 from models.stepwise import DISTANCES, StepwiseNetwork, SwitchPolicy
 from runtime.cli import ArgumentParser, positive_float, positive_int
 from runtime.distributed import check_precision, note
+from runtime.fetch import fetch
 from runtime.files import file_sha256
 from sampling.options import Pipeline, assemble, build_sampler, check_held
 from sampling.samplers import SwitchingSampler
@@ -104,14 +105,14 @@ def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchP
     """:func:`build_switching`, with what turns latents into images."""
     switching = build_switching(args, stages, policy, device)
     pipeline = assemble(args, switching.checkpoint, switching.network, switching.sampler, device)
-    pipeline.settings["checkpoints_sha256"] = [file_sha256(stage.path) for stage in stages]
+    pipeline.settings["checkpoints_sha256"] = [file_sha256(weights_file(fetch(stage.path))) for stage in stages]
     return pipeline
 
 
 def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPolicy, device: torch.device) -> Switching:
     """Raises ValueError for checkpoints that do not fit one another or the flags."""
     check_precision(args.precision, device)
-    checkpoints = [read_checkpoint(stage.path, args.weights) for stage in stages]
+    checkpoints = [read_checkpoint(fetch(stage.path), args.weights, args.model) for stage in stages]
     for i, (checkpoint, stage) in enumerate(zip(checkpoints, stages, strict=True), start=1):
         held = getattr(checkpoint.config, "mediator_num", None)
         check_held(f"--mediator-num{i}", stage.mediator_num, held, stage.path)

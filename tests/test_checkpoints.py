@@ -1,7 +1,6 @@
 """Checkpoint files: every published layout is read, every damaged or hostile one is refused with a message."""
 
 import argparse
-import dataclasses
 import os
 import pickle
 
@@ -9,12 +8,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
 from models import create_model, load_checkpoint
 from models.amm import AMM
 from models.checkpoints import Checkpoint, build_model, describe, load_weights, read_checkpoint, read_file, warm_start
-from models.edt import config_from_state
 from models.registry import model_config
 
 TINY = {"widths": (16, 24, 32, 24, 16), "num_heads": 2, "input_size": 16, "num_classes": 10}
@@ -114,17 +111,6 @@ def test_published_mediator_checkpoint(tmp_path, mediator_layers):
     assert same(build_model(checkpoint).state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("name, settings", [("SiT-B/4", {}), ("SiT-S/2", {"mediator_num": 16}), ("SiT-XL/2", {})])
-def test_bare_sit_state(monkeypatch, tmp_path, name, settings):
-    """The registered name, also at another resolution; a plain one's heads come from the registered model."""
-    with torch.device("meta"):
-        model = create_model(name, **settings, input_size=64)
-    monkeypatch.setattr("models.checkpoints.read_file", lambda path: model.state_dict())
-    checkpoint = read_checkpoint(tmp_path / "a.pt")
-    assert (checkpoint.model, checkpoint.config) == (name, model.config)
-    assert checkpoint.objective == {"name": "transport"}
-
-
 @pytest.mark.parametrize("settings", [{}, {"mediator_num": 4, "mediator_layers": 2, "keep_sigma": True}])
 def test_our_sit_checkpoint(tmp_path, settings):
     """What the file states is used, also what keys and shapes do not tell: heads of plain attention, keep_sigma."""
@@ -140,12 +126,6 @@ def test_our_sit_checkpoint(tmp_path, settings):
         build_model(checkpoint, name="EDT-S/2")
 
 
-def test_wrong_name_of_an_unnamed_sit(tmp_path):
-    checkpoint = read_checkpoint(saved(tiny_sit(mediator_num=4).state_dict(), tmp_path / "a.pt"))
-    with pytest.raises(ValueError, match="holds a model of depth 3 and width 16 and patch_size 2, not SiT-S/2"):
-        build_model(checkpoint, name="SiT-S/2")
-
-
 def test_objective_that_a_file_states_or_implies(tmp_path, weights):
     config = describe("EDT-S/2", tiny().config, codec=CODEC, class_names=())
     assert config["objective"] == {"name": "gaussian"}
@@ -154,54 +134,6 @@ def test_objective_that_a_file_states_or_implies(tmp_path, weights):
     files = [{"ema": weights[1], "config": stated} for stated in (config, old, silent)]
     for i, content in enumerate([*files, weights[0], published(*weights)]):
         assert read_checkpoint(saved(content, tmp_path / f"{i}.pt")).objective == {"name": "gaussian"}
-
-
-# Inference from keys and shapes
-
-
-@pytest.mark.parametrize("depths", [(6, 4, 4, 7, 7), (6, 5, 4, 7, 6)])
-@pytest.mark.parametrize("overrides", [{}, TINY])
-def test_both_published_depths_of_xl(depths, overrides):
-    with torch.device("meta"):
-        model = create_model("EDT-XL/2", **overrides, depths=depths)
-    inferred = config_from_state(model.state_dict())
-    assert inferred.depths == depths
-    # A state dict does not say how its model is trained.
-    assert dataclasses.replace(inferred, early_mask_block=4) == model.config
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"num_classes": 1000},
-        {"num_classes": 1},
-        {"patch_size": 4},
-        {"input_size": 32},
-        {"input_size": 64, "patch_size": 4},
-        {"in_channels": 3},
-        {"learn_sigma": False},
-        {"mlp_ratio": 2.0},
-        {"num_heads": (2, 4, 8, 4, 2)},
-        {"depths": (1, 2, 3, 4, 5)},
-    ],
-)
-def test_config_is_inferred(overrides):
-    model = tiny(**overrides)
-    assert config_from_state(model.state_dict()) == model.config
-
-
-@pytest.mark.parametrize("name", ["EDT-S/2", "EDT-B/2", "EDT-XL/2"])
-def test_published_sizes_have_their_names(monkeypatch, tmp_path, name):
-    with torch.device("meta"):
-        state = create_model(name).state_dict()
-    monkeypatch.setattr("models.checkpoints.read_file", lambda path: {"ema": state, "model": state})
-    assert read_checkpoint(tmp_path / "a.pt").model == name
-
-
-def test_stages_that_cannot_be_told_apart():
-    with pytest.raises(ValueError, match="1 different widths in a row, an EDT has 5 stages"):
-        config_from_state(tiny(widths=(16,) * 5).state_dict())
 
 
 # Building
@@ -298,14 +230,6 @@ def test_file_without_weights(tmp_path, content):
 def test_file_that_holds_no_dict(tmp_path, content):
     with pytest.raises(ValueError, match=f"holds a {type(content).__name__}, not a checkpoint"):
         load_checkpoint(saved(content, tmp_path / "a.pt"))
-
-
-def test_weights_of_a_foreign_model(tmp_path):
-    state = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)).state_dict()
-    path = saved({f"layer1.{key}": value for key, value in state.items()}, tmp_path / "resnet.pt")
-    assert len(load_checkpoint(path)) == len(state)
-    with pytest.raises(ValueError, match=r"resnet\.pt holds weights of no model known here; the models are EDT-S/2"):
-        read_checkpoint(path)
 
 
 def damaged(path):

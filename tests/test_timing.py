@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report, timing
-from benchmarks.edt import forward_call, random_inputs, randomized
+from benchmarks.networks import forward_call, random_inputs, randomized
 from benchmarks.products import Product, product_calls, record_products, total_flops
 from benchmarks.reference import with_plain_attention
 from benchmarks.timing import Case, Result, measure, peak_memory, time_ratio

@@ -19,6 +19,7 @@ from models.layers import compile_blocks
 from models.registry import model_config
 from models.resolution import change_resolution
 from runtime.distributed import check_precision, my_share, note, start_training, together
+from runtime.fetch import fetch
 from training.checkpoint import new_run_folder, read_resume
 from training.data import Batches, DataOrder
 from training.ema import EMA
@@ -152,9 +153,9 @@ def start_weights(args: Namespace, model: nn.Module, source: Source, objective: 
     of the data."""
     low = getattr(args, "resume_ckpt_low_resolution", None)
     if low:
-        checkpoint = _raised(low, source.latent_shape[1])
+        checkpoint = _raised(low, args.model, source.latent_shape[1])
     elif args.init_from:
-        checkpoint = read_checkpoint(args.init_from)
+        checkpoint = read_checkpoint(fetch(args.init_from), model=args.model)
     elif required:
         raise ValueError("--resume-ckpt-low-resolution is missing: the checkpoint to start from (there is no run to resume)")
     else:
@@ -181,9 +182,9 @@ def _compare_objectives(checkpoint: Checkpoint, objective: Objective, *, strict:
             note(difference)
 
 
-def _raised(path: str, side: int) -> Checkpoint:
-    """The checkpoint for latents of that side. Raises ValueError unless it comes from smaller ones."""
-    checkpoint = read_checkpoint(path)
+def _raised(path: str, model: str, side: int) -> Checkpoint:
+    """The checkpoint, believed to hold ``model``, for latents of that side. Raises ValueError unless it is of smaller ones."""
+    checkpoint = read_checkpoint(fetch(path), model=model)
     if checkpoint.config.input_size >= side:
         raise ValueError(
             f"--resume-ckpt-low-resolution {path} is of latents {checkpoint.config.input_size} wide, the data's are {side}: "

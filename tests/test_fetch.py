@@ -1,0 +1,255 @@
+"""Checkpoints by URL and hub id: downloaded once, checked against their checksum, and one clear line when that fails."""
+
+import concurrent.futures
+import functools
+import hashlib
+import http.server
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+import inference
+from models import create_model
+from models.checkpoints import describe
+from runtime import fetch as module
+from runtime.fetch import fetch
+from tests.shared import perturb
+
+CONTENT = b"weights" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Counts the files it hands out; /short/... breaks off in the middle."""
+
+    def do_GET(self):
+        self.server.served.append(self.path)
+        if not self.path.startswith("/short/"):
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[:100])
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache; nothing is remembered of earlier tests."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    module._digest.cache_clear()
+    module._advise.cache_clear()
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def server(tmp_path, hub):
+    (tmp_path / "files").mkdir()
+    for folder in ("a", "b"):
+        (tmp_path / "files" / folder).mkdir()
+        (tmp_path / "files" / folder / "DiT-XL.pt").write_bytes(CONTENT)
+    handler = functools.partial(Handler, directory=str(tmp_path / "files"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.served, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def kept(hub):
+    return sorted(path.name for path in (hub / "checkpoints").iterdir())
+
+
+# URLs
+
+
+def test_a_url_is_downloaded_once(server, hub):
+    name = f"{server.url}/a/DiT-XL.pt#sha256={SHA256}"
+    path = fetch(name)
+    assert path.read_bytes() == CONTENT
+    assert path.parent == hub / "checkpoints" and path.name.endswith("-DiT-XL.pt")
+    assert fetch(name.replace(SHA256, SHA256.upper())) == path
+    assert server.served == ["/a/DiT-XL.pt"]
+    other = fetch(f"{server.url}/b/DiT-XL.pt?download=1#sha256={SHA256}")  # of the same name, from another place
+    assert other != path and other.suffix == ".pt"
+    assert kept(hub) == sorted([path.name, other.name])
+
+
+def test_a_file_url(tmp_path, hub):
+    (tmp_path / "a.safetensors").write_bytes(CONTENT)
+    assert fetch((tmp_path / "a.safetensors").as_uri()).read_bytes() == CONTENT
+
+
+def test_a_url_without_checksum_says_which_to_pin(server, capsys):
+    url = f"{server.url}/a/DiT-XL.pt"
+    assert fetch(url) == fetch(url)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "sha256" in line]
+    assert lines == [f"note: {url} is not checked; pin it as {url}#sha256={SHA256}"]
+    assert fetch(f"{url}#sha256={SHA256}").read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum(server, hub):
+    url, wrong = f"{server.url}/a/DiT-XL.pt", "0" * 64
+    with pytest.raises(ValueError, match=r"cannot download .*invalid hash value.*correct the digits after #sha256="):
+        fetch(f"{url}#sha256={wrong}")
+    assert kept(hub) == []
+    path = fetch(f"{url}#sha256={SHA256}")
+    with pytest.raises(ValueError, match=rf"has the sha256 {SHA256}, not {wrong}: remove that file"):
+        fetch(f"{url}#sha256={wrong}")
+    module._digest.cache_clear()
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"DiT-XL\.pt, the copy of .*, has the sha256"):
+        fetch(f"{url}#sha256={SHA256}")
+
+
+@pytest.mark.parametrize("fragment", ["sha256=12", "md5=" + "0" * 32, "sha256=" + "x" * 64, ""])
+def test_a_fragment_that_is_no_checksum(hub, fragment):
+    with pytest.raises(ValueError, match="write the checksum as #sha256="):
+        fetch(f"https://127.0.0.1:1/a.pt#{fragment}")
+
+
+def test_a_broken_connection_leaves_nothing(server, hub):
+    """torch hub kept the beginning of the file as the whole of it."""
+    with pytest.raises(ValueError, match="it ended after 100 of 7000 bytes"):
+        fetch(f"{server.url}/short/a.pt")
+    with pytest.raises(ValueError, match="cannot download"):
+        fetch(f"{server.url}/short/a.pt#sha256={SHA256}")
+    assert kept(hub) == []
+
+
+def test_absent_and_unreachable(server, hub):
+    with pytest.raises(ValueError, match=r"cannot download .*absent\.pt \(HTTP Error 404.*correct the URL, or fetch it on"):
+        fetch(f"{server.url}/a/absent.pt")
+    with pytest.raises(ValueError, match=r"cannot download http://127\.0\.0\.1:1/a\.pt .*refused"):
+        fetch("http://127.0.0.1:1/a.pt")
+    assert kept(hub) == []
+
+
+def test_many_at_once_download_once(server, hub, monkeypatch):
+    download = torch.hub.download_url_to_file
+
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        download(*args, **kwargs)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(fetch, [f"{server.url}/a/DiT-XL.pt#sha256={SHA256}"] * 4))
+    assert len(paths) == 1
+    assert server.served == ["/a/DiT-XL.pt"]
+
+
+# The hub
+
+
+@pytest.fixture
+def asked(tmp_path, hub, monkeypatch):
+    """What the hub was asked for; it has the file DiT.pt and a pipeline."""
+    calls, snapshot = [], tmp_path / "snapshot"
+    (snapshot / "transformer").mkdir(parents=True)
+    (snapshot / "DiT.pt").write_bytes(CONTENT)
+
+    def file(repo, filename, revision):
+        calls.append((repo, filename, revision))
+        return str(snapshot / "DiT.pt")
+
+    def repository(repo, revision, allow_patterns):
+        calls.append((repo, tuple(allow_patterns), revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository)
+    return calls
+
+
+PIPELINE = ("model_index.json", "transformer/*", "vae/*")
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("owner/DiT-XL-2-256", ("owner/DiT-XL-2-256", PIPELINE, None)),
+        ("owner/name@v1.0", ("owner/name", PIPELINE, "v1.0")),
+        ("owner/name/DiT.pt", ("owner/name", "DiT.pt", None)),
+        (f"owner/name@0123abc/sub/DiT.pt#sha256={SHA256}", ("owner/name", "sub/DiT.pt", "0123abc")),
+    ],
+)
+def test_hub_ids(asked, tmp_path, name, call):
+    assert fetch(name) == (tmp_path / "snapshot" / "DiT.pt" if ".pt" in name else tmp_path / "snapshot")
+    assert asked == [call]
+
+
+def test_hub_file_of_another_checksum(asked):
+    with pytest.raises(ValueError, match=rf"the copy of owner/name/DiT\.pt, has the sha256 {SHA256}, not 000"):
+        fetch("owner/name/DiT.pt#sha256=" + "0" * 64)
+    with pytest.raises(ValueError, match="a repository has no checksum; pin it as owner/name@REVISION"):
+        fetch(f"owner/name#sha256={SHA256}")
+
+
+def test_a_repository_without_a_transformer(asked, tmp_path):
+    (tmp_path / "snapshot" / "transformer").rmdir()
+    with pytest.raises(
+        ValueError, match=r"no diffusers pipeline with a transformer: name a file in it, as owner/name/FILE\.pt"
+    ):
+        fetch("owner/name")
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name/a.pt"])
+def test_the_hub_cannot_be_reached(monkeypatch, name):
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand much advice")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(
+        ValueError, match=rf"^{name} is no file or folder here, and could not be fetched .*\(offline\): correct"
+    ):
+        fetch(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.pt", "results/0400000.pt", "./owner/name", "/absent/a.pt", "here/000-DiT/absent.pt", "x y/z"]
+)
+def test_paths_are_nothing_to_ask_the_hub_for(asked, tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert fetch(name) == Path(name)
+    assert asked == []
+
+
+def test_an_existing_path_wins(asked, tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert fetch("owner/name") == Path("owner/name")
+    assert fetch(tmp_path / "owner") == tmp_path / "owner"
+    assert asked == []
+
+
+# The command line
+
+
+def test_sampling_from_a_url(server, tmp_path, fails):
+    torch.manual_seed(0)
+    model = perturb(create_model("EDT-Ti/2"), 0.02)
+    config = describe("EDT-Ti/2", model.config, codec={"name": "pixels", "scale": 1.0}, class_names=())
+    torch.save({"ema": model.state_dict(), "config": config}, tmp_path / "files" / "ours.pt")
+    digest = hashlib.sha256((tmp_path / "files" / "ours.pt").read_bytes()).hexdigest()
+    argv = ["--classes", "1", "--per-class", "1", "--num-sampling-steps", "2", "--out", str(tmp_path / "grid.png")]
+    inference.main(["--ckpt", f"{server.url}/ours.pt#sha256={digest}", *argv])
+    assert (tmp_path / "grid.png").is_file()
+    message = fails(inference.main, "--ckpt", f"{server.url}/absent.pt", *argv)
+    assert "cannot download" in message and "404" in message
