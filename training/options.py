@@ -37,7 +37,9 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     run.add_argument(
         "--resume", "--ckpt", metavar="auto|PATH", help="continue: auto = the last run of this model in --results-dir, if any"
     )
-    run.add_argument("--init-from", metavar="CKPT", help="start from the EMA weights of a checkpoint (file, URL, hub id); fresh optimizer")
+    run.add_argument(
+        "--init-from", metavar="CKPT", help="start from the EMA weights of a checkpoint (file, URL, hub id); fresh optimizer"
+    )
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network; weights stay fp32")
     run.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
 
