@@ -7,10 +7,11 @@ import copy
 import dataclasses
 import functools
 import re
+import statistics
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,14 +23,15 @@ from benchmarks.networks import (
     compiled,
     forward_call,
     limits,
+    modes,
     random_inputs,
     randomized,
     training_batch,
     training_step,
 )
 from benchmarks.report import RESULTS, device_name, environment, markdown, number, percent, write_section
-from benchmarks.timing import Case, Result, measure, time_ratio
-from models.macs import fresh_on_meta, multiply_accumulates, training_multiply_accumulates
+from benchmarks.timing import Case, Result, measure, round_ratios
+from models.macs import multiply_accumulates, trained_parameters, training_multiply_accumulates
 from models.registry import PUBLISHED, build_network, model_config
 from runtime import cli
 from runtime.distributed import autocast_dtype, start_training
@@ -48,33 +50,30 @@ PAPER_SPEEDUPS = {  # of EDT over MDTv2 of the same size: the EDT paper's abstra
 CAPTION = """All cases take turns in shuffled order. Parameters: the trained ones. GMAC: multiply-accumulates of one image's
 products and convolutions; training: forward and back to the weights, in all passes. Published: the papers' "GFLOPs". Spread:
 interquartile range / median. MB: the memory that one call adds to what is held before, at its peak. A training step is that of
-the training scripts, EMA included, with each system's published optimizer and its default objective. EDT and MDTv2 see each
-image in an unmasked and a masked pass, with one mask for all rounds, of the mean share: MDTv2 encodes the kept tokens only, EDT
-drops tokens without saving arithmetic. Speed-ups: medians of the rounds' ratios. GMAC alone: what they would be if all
-arithmetic were equally fast."""
+the training scripts, EMA included, with each system's published optimizer and, for DiT, uniform timesteps and no min-SNR
+weight; drawing the batch is left out: training does it in a thread, one step ahead. EDT and MDTv2 see each image in an unmasked
+and a masked pass, with one mask for all rounds, of the mean share: MDTv2 encodes the kept tokens only, EDT drops tokens without
+saving arithmetic. Speed-ups: medians of the rounds' ratios and, in brackets, their middle half. GMAC alone: what they would be
+if all arithmetic were equally fast."""
 PAPER_CAPTION = """The paper compares the code of EDT with that of MDTv2, each as published, on its GPUs. Here both have the
-same attention kernels and the same training loop, on the device above: what is left is the difference of the networks and of
-their masked passes."""
+same attention module and the same training loop, on the device above: what is left is the difference of the networks, of their
+masked passes and of the kernels that take them (on CUDA, heads of 52 channels, as EDT's, are padded to 56)."""
 
 
 @dataclass(frozen=True)
 class System:
-    """A network as it was published: its label, in :data:`models.registry.PUBLISHED` where that has figures, its config and
-    optimizer."""
+    """A network as it was published: its label, in :data:`models.registry.PUBLISHED` where that has figures, its config, its
+    optimizer and what its objective has in place of this code's defaults."""
 
     label: str
     config: object
     optimizer: str
+    recipe: dict = field(default_factory=dict)
 
     @property
     def masked(self) -> bool:
         """Whether a training step has a masked pass as well."""
         return hasattr(self.config, "mask_places")
-
-    @property
-    def num_parameters(self) -> int:
-        """Those that are trained."""
-        return sum(parameter.numel() for parameter in fresh_on_meta(self.config).parameters() if parameter.requires_grad)
 
     @property
     def published_gmac(self) -> float | None:
@@ -89,7 +88,12 @@ class System:
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=("Ti", "S", "B", "XL"), default="S", help="of all networks; Ti: ours, 16x16 pixels")
+    parser.add_argument(
+        "--size",
+        choices=("Ti", "S", "B", "XL"),
+        default="S",
+        help="of all networks, which are held together; Ti: ours, 16x16 pixels; XL: takes some 120 GB in training",
+    )
     parser.add_argument(
         "--mediators", type=cli.positive_int, nargs="+", default=[16], help="square numbers: SiT with so many in every block"
     )
@@ -125,7 +129,7 @@ def create_systems(args: Namespace) -> list[System]:
     return [
         System(edt, model_config(edt), "adan"),
         System(mdt, model_config(mdt, **_mdt_settings(args)), "adan"),
-        System(dit, model_config(dit), "adamw"),
+        System(dit, model_config(dit), "adamw", {"timestep_sampler": "uniform", "min_snr_gamma": 0.0}),
         System(sit, model_config(sit), "adamw"),
         *(System(f"{sit} M={count}", model_config(sit, mediator_num=count), "adamw") for count in args.mediators),
     ]
@@ -140,10 +144,6 @@ def pairs(systems: Sequence[System]) -> Iterator[tuple[System, System]]:
         yield system, sit
 
 
-def modes(args: Namespace) -> tuple[str, ...]:
-    return ("", ", compiled") if args.compile else ("",)
-
-
 def cases_of(system: System, args: Namespace, accelerator: Accelerator) -> Iterator[Case]:
     """A forward and a training step, each also with compiled blocks where asked for; those share their weights."""
     network = randomized(build_network(system.config)).to(accelerator.device)
@@ -154,7 +154,7 @@ def cases_of(system: System, args: Namespace, accelerator: Accelerator) -> Itera
     batch = training_batch(system.config, args.train_batch_size, masked=system.masked)
     # Copied before accelerate wraps the network's forward.
     twin = compiled(network.train()) if args.compile else None
-    step = training_step(network, args.train_batch_size, accelerator, system.optimizer)
+    step = training_step(network, args.train_batch_size, accelerator, system.optimizer, **system.recipe)
     for mode in modes(args):
         if mode:
             sampler, step = compiled(sampler), dataclasses.replace(step, model=accelerator.prepare(twin))
@@ -187,9 +187,11 @@ def report(args: Namespace, device: torch.device, systems: Sequence[System], res
     batches = f"forwards of {args.batch_size} and training steps of {args.train_batch_size} images"
     optimizers = {name: [system.label for system in systems if system.optimizer == name] for name in ("adan", "adamw")}
     trained_by = f"Adan: {', '.join(optimizers['adan'])}. AdamW: {', '.join(optimizers['adamw'])}."
-    decoder = f"MDTv2 has {systems[1].config.decode_layer} decoder blocks."
+    [decode_layer] = {system.config.decode_layer for system in systems if hasattr(system.config, "decode_layer")}
+    decoder = f"MDTv2 has {decode_layer} decoder blocks."
     by_compiler = " Compiled: each block; MDTv2's in training for any number of tokens." if args.compile else ""
-    what = f"Medians of {rounds} rounds of {args.precision} {batches}. {CAPTION} {trained_by} {decoder}{by_compiler}"
+    sources = "; ".join(f"{s.label}: {PUBLISHED[s.label].source}" for s in systems if s.published_gmac is not None)
+    what = f"Medians of {rounds} rounds of {args.precision} {batches}. {CAPTION} {trained_by} {decoder}{by_compiler} {sources}."
     paper = (fill(PAPER_CAPTION),) if args.size in PAPER_SPEEDUPS else ()
     parts = (
         f"{environment(device)}.",
@@ -208,7 +210,7 @@ def systems_table(systems: Sequence[System]) -> str:
     for system in systems:
         published = "-" if system.published_gmac is None else f"{system.published_gmac:.2f}"
         gmacs = [f"{system.macs(work) / 1e9:.3f}" for work in WORK]
-        rows.append([system.label, f"{system.num_parameters / 1e6:.2f}", gmacs[0], published, gmacs[1]])
+        rows.append([system.label, f"{trained_parameters(system.config) / 1e6:.2f}", gmacs[0], published, gmacs[1]])
     return markdown(rows)
 
 
@@ -234,16 +236,30 @@ def speedup_lines(args: Namespace, systems: Sequence[System], results: dict[str,
     for work, word in WORK.items():
         for mode in modes(args):
             for fast, slow in pairs(systems):
-                speedup = time_ratio(*(results[f"{system.label}, {work}{mode}"] for system in (slow, fast)))
-                paper = PAPER_SPEEDUPS.get(args.size, {}).get(word) if (fast, slow) == next(pairs(systems)) else None
+                ratios = round_ratios(*(results[f"{system.label}, {work}{mode}"] for system in (slow, fast)))
+                paper = paper_speedup(args, word) if (fast, slow) == next(pairs(systems)) else None
                 yield (
-                    f"- {word.capitalize()}{mode}: {fast.label} is {speedup:.2f} times as fast as {slow.label}"
+                    f"- {word.capitalize()}{mode}: {fast.label} is {_median_and_middle(ratios)} times as fast as {slow.label}"
                     f"{'' if paper is None else f' (paper: {paper:.2f})'}; GMAC alone: {slow.macs(work) / fast.macs(work):.2f}"
                 )
 
 
+def paper_speedup(args: Namespace, word: str) -> float | None:
+    """Of EDT over MDTv2; None where the paper has no such MDTv2."""
+    as_published = args.decode_layer == DECODE_LAYER.get(args.size)
+    return PAPER_SPEEDUPS.get(args.size, {}).get(word) if as_published else None
+
+
+def _median_and_middle(ratios: Sequence[float]) -> str:
+    median = f"{statistics.median(ratios):.2f}"
+    if len(ratios) < 2:
+        return median
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{median} [{low:.2f}-{high:.2f}]"
+
+
 def plot_path(size: str, device: torch.device) -> Path:
-    """compare.png is size S on a CPU; what else is measured does not overwrite it."""
+    """compare.png is size S on a CPU; other sizes and devices have files of their own."""
     parts = ["compare", *([] if size == "S" else [size])]
     if device.type != "cpu":
         parts.append(re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-"))

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import add_limit_arguments, compiled, forward_call, limits, random_inputs, randomized
+from benchmarks.networks import add_limit_arguments, compiled, forward_call, limits, modes, random_inputs, randomized
 from benchmarks.reference import with_plain_attention
 from benchmarks.report import device_name, environment, table, write_section
 from benchmarks.timing import Case, Result, measure, time_ratio
@@ -106,10 +106,6 @@ def forward_cases(args, image_size: int, device: torch.device) -> list[Case]:
             baseline = None if name == "plain" else f"plain{mode}"
             cases.append(Case(name + mode, forward_call(built, inputs, dtype), args.batch_size, baseline))
     return cases
-
-
-def modes(args) -> tuple[str, ...]:
-    return ("", ", compiled") if args.compile else ("",)
 
 
 def floor_macs(config: SiTConfig) -> int:

@@ -39,6 +39,11 @@ def limits(args: Namespace) -> dict:
     return {"repeats": args.repeats, "warmup": args.warmup, "budget_seconds": args.budget_seconds}
 
 
+def modes(args: Namespace) -> tuple[str, ...]:
+    """What follows the names of cases: nothing, and with --compile also the compiled ones."""
+    return ("", ", compiled") if args.compile else ("",)
+
+
 def randomized(model: nn.Module) -> nn.Module:
     """The model with N(0, 0.02) in place of the parameters that start as zeros, so that every block contributes."""
     generator = torch.Generator().manual_seed(SEED)
@@ -94,11 +99,13 @@ def _at_mean_share(place):
     return place._replace(low=mean, high=mean)
 
 
-def training_step(network: nn.Module, batch_size: int, accelerator: Accelerator, optimizer: str = "adan") -> TrainingStep:
-    """The pieces of the training scripts, with the default objective of the kind of network."""
+def training_step(
+    network: nn.Module, batch_size: int, accelerator: Accelerator, optimizer: str = "adan", **recipe: str | float
+) -> TrainingStep:
+    """The pieces of the training scripts. recipe: of the objective, in place of the scripts' defaults for the network's."""
     network.to(accelerator.device).train()
     name = FAMILIES[type(network.config)].objective
-    objective = create_objective(Namespace(objective=name, **DEFAULTS[name]))
+    objective = create_objective(Namespace(objective=name, **DEFAULTS[name] | recipe))
     ema = EMA(network, EMA_DECAY)
     model, prepared = accelerator.prepare(network, create_optimizer(optimizer, network.parameters(), LEARNING_RATE))
     return TrainingStep(

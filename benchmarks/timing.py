@@ -94,8 +94,13 @@ class Result:
 
 def time_ratio(result: Result, baseline: Result) -> float:
     """Time per item over the baseline's: the median of the ratios within each round, which drift hardly touches."""
+    return statistics.median(round_ratios(result, baseline))
+
+
+def round_ratios(result: Result, baseline: Result) -> list[float]:
+    """Time per item over the baseline's, in each round."""
     rounds = zip(result.seconds, baseline.seconds, strict=True)
-    return statistics.median(own / other for own, other in rounds) * baseline.items / result.items
+    return [own / other * baseline.items / result.items for own, other in rounds]
 
 
 def measure(

@@ -16,6 +16,11 @@ def fresh_on_meta(config: object) -> nn.Module:
         return build_network(config).eval()
 
 
+def trained_parameters(config: object) -> int:
+    """How many numbers are trained: without fixed position tables."""
+    return sum(parameter.numel() for parameter in fresh_on_meta(config).parameters() if parameter.requires_grad)
+
+
 @functools.cache  # an XL takes a second to count, and reports ask again
 def multiply_accumulates(config: object) -> int:
     """Multiply-accumulates of the products and convolutions in a forward pass of one image (the papers' "FLOPs")."""

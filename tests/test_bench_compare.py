@@ -15,11 +15,12 @@ from benchmarks.timing import Result
 from models import create_model
 from models.macs import fresh_on_meta, multiply_accumulates, training_multiply_accumulates
 from models.registry import model_config
+from runtime.distributed import start_training
 
 CPU = torch.device("cpu")
 
 
-# --- the work of a training step
+# The work of a training step
 
 
 def without_gradient(config) -> int:
@@ -78,7 +79,7 @@ def test_no_masked_pass_is_named():
         training_multiply_accumulates(model_config("DiT-Ti/2"), True)
 
 
-# --- what is timed
+# What is timed
 
 
 def test_the_timed_masks_drop_the_mean_share():
@@ -111,7 +112,7 @@ def test_transports_get_times_and_diffusions_steps():
     torch.testing.assert_close(times, steps / 1000)
 
 
-# --- what is reported
+# What is reported
 
 
 def fake_results(args, systems, seconds) -> dict[str, Result]:
@@ -173,11 +174,12 @@ def test_report_is_consistent_with_the_results():
     training = f"{training_multiply_accumulates(mdt, True) / training_multiply_accumulates(edt, True):.2f}"
     than = "EDT-S/2 is {} times as fast as MDTv2-S/2 (paper: {}); GMAC alone: {}"
     lines = text.splitlines()
-    assert f"- Inference: {than.format('2.00', '2.29', sampling)}" in lines
-    assert f"- Training: {than.format('3.00', '3.93', training)}" in lines
-    assert f"- Inference, compiled: {than.format('5.00', '2.29', sampling)}" in lines
-    assert f"- Training, compiled: {than.format('5.00', '3.93', training)}" in lines
-    assert "- Inference: SiT-S/2 M=4 is 1.00 times as fast as SiT-S/2; GMAC alone: 1.09" in lines
+    assert f"- Inference: {than.format('2.00 [2.00-2.00]', '2.29', sampling)}" in lines
+    assert f"- Training: {than.format('3.00 [3.00-3.00]', '3.93', training)}" in lines
+    assert f"- Inference, compiled: {than.format('5.00 [5.00-5.00]', '2.29', sampling)}" in lines
+    assert f"- Training, compiled: {than.format('5.00 [5.00-5.00]', '3.93', training)}" in lines
+    saved = f"{multiply_accumulates(tiny[3]) / multiply_accumulates(tiny[4]):.2f}"
+    assert f"- Inference: SiT-S/2 M=4 is 1.00 [1.00-1.00] times as fast as SiT-S/2; GMAC alone: {saved}" in lines
     assert sum("(paper: " in line for line in lines) == 4
 
 
@@ -194,7 +196,29 @@ def test_speedups_are_medians_of_the_rounds_ratios():
     slow = {"MDTv2-Ti/2": (1.0, 6.0, 3.0)}
     results = fake_results(args, systems, lambda label, work, mode, k: slow.get(label, (1.0, 2.0, 3.0))[k])
     line = next(iter(compare.speedup_lines(args, systems, results)))
-    assert line.startswith("- Inference: EDT-Ti/2 is 1.00 times as fast as MDTv2-Ti/2; GMAC alone: ")  # no paper has a Ti
+    assert line.startswith("- Inference: EDT-Ti/2 is 1.00 [1.00-2.00] times as fast as MDTv2-Ti/2; GMAC alone: ")
+
+
+@pytest.mark.parametrize("flags, paper", [([], 3.93), (["--decode-layer", "4"], None), (["--size", "Ti"], None)])
+def test_the_paper_is_cited_for_its_own_networks(flags, paper):
+    assert compare.paper_speedup(compare.parse(flags), "training") == paper
+
+
+def test_compiled_training_moves_the_same_weights(monkeypatch):
+    def compile_blocks(model):
+        for block in model.blocks:
+            block.compile(backend="eager")
+
+    monkeypatch.setattr("benchmarks.networks.compile_blocks", compile_blocks)
+    args = compare.parse(["--size", "Ti", "--compile", "--batch-size", "2", "--train-batch-size", "2", "--precision", "bf16"])
+    dit = compare.create_systems(args)[2]
+    cases = {case.name: case.run for case in compare.cases_of(dit, args, start_training("bf16"))}
+    eager, compiled_step = cases["DiT-Ti/2, training"].func, cases["DiT-Ti/2, training, compiled"].func
+    assert compiled_step.optimizer is eager.optimizer and compiled_step.ema is eager.ema
+    before = [parameter.clone() for parameter in eager.model.parameters()]
+    cases["DiT-Ti/2, training, compiled"]()
+    assert all(not torch.equal(a, b) for a, b in zip(eager.model.parameters(), before, strict=True) if a.requires_grad)
+    torch.testing.assert_close(cases["DiT-Ti/2, forward, compiled"](), cases["DiT-Ti/2, forward"](), rtol=0.02, atol=0.02)
 
 
 def test_plots_do_not_overwrite_one_another(monkeypatch):

@@ -85,11 +85,12 @@ def test_a_fused_kernel_is_used(name, settings):
     """Where none takes the inputs, PyTorch raises instead of falling back on the formula written out."""
     model = network(name, settings).to(CUDA)
     values = [value.to(CUDA) for value in inputs(model.config)]
+    masked = {"kept": [mask.to(CUDA) for mask in masks(model.config, 2)]} if hasattr(model.config, "mask_places") else {}
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with sdpa_kernel(fused), torch.autocast("cuda", torch.bfloat16):
         with torch.inference_mode():
             model.eval()(*values)
-        model.train()(*values).float().square().mean().backward()
+        model.train()(*values, **masked).float().square().mean().backward()
 
 
 @pytest.mark.parametrize("name", ["EDT-S/2", "MDTv2-S/2"])
@@ -132,7 +133,7 @@ def train(latent_store, runs, *argv):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("model", ["EDT-Ti/2", "DiT-Ti/2", "MDTv2-Ti/2", "SiT-Ti/2"])
 def test_a_resumed_run_goes_on(latent_store, tmp_path, fresh_accelerate_state, model, precision):
-    """Two steps and two more are four: up to the order of a GPU's sums."""
+    """Two steps and two more are four: up to the order of a GPU's sums, which is little beside what the last two changed."""
     flags = ("--model", model, "--precision", precision)
     whole = train(latent_store, tmp_path / "whole", *flags, "--max-steps", "4")
     fresh_accelerate_state()
@@ -141,9 +142,12 @@ def test_a_resumed_run_goes_on(latent_store, tmp_path, fresh_accelerate_state, m
     parts = train(latent_store, tmp_path / "parts", *flags, "--max-steps", "4", "--resume", "auto")
     a, b = (read_checkpoint(path / "0000004.pt", "model").state for path in (whole, parts))
     start = read_checkpoint(whole / "0000002.pt", "model").state
-    assert any(not torch.equal(a[key], start[key]) for key in a)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4 if precision == "fp32" else 2e-3)
+
+    def distance(x, y):
+        return torch.stack([(x[key].float() - y[key].float()).norm() for key in x]).norm()
+
+    assert distance(a, start) > 0
+    assert distance(a, b) < 0.05 * distance(a, start)
 
 
 @pytest.mark.parametrize("model", ["EDT-Ti/2", "MDTv2-Ti/2", "SiT-Ti/2"])

@@ -13,6 +13,8 @@ import models.attention
 from models import create_model
 from models.attention import RelativePositionBias, fused_attention
 from models.edt import EDT_CONFIGS
+from models.macs import multiply_accumulates, trained_parameters
+from models.registry import model_config
 from tests.shared import GOLDEN, golden_network, match
 
 TINY = {"widths": (16, 24, 32, 24, 16), "num_heads": 2, "input_size": 16, "num_classes": 10}
@@ -443,3 +445,11 @@ def test_amm_model_on_the_meta_device():
     with torch.device("meta"):
         model = create_model("EDT-S/2", amm=True).eval()
         assert model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long)).shape == (1, 8, 32, 32)
+
+
+@pytest.mark.parametrize("depths, millions, gmac", [((6, 5, 4, 7, 6), 708.44, 51.83), ((6, 4, 4, 7, 7), 698.5, 53.44)])
+def test_which_depths_the_published_figures_of_xl_fit(depths, millions, gmac):
+    """The paper's figures are not those of the released code's depths, 6, 4, 4, 7, 7."""
+    config = model_config("EDT-XL/2", depths=depths)
+    assert trained_parameters(config) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert multiply_accumulates(config) / 1e9 == pytest.approx(gmac, abs=0.005)
