@@ -12,7 +12,7 @@ def finetune(description: str, image_size: int, argv: Sequence[str] | None) -> N
     parser.add_argument(
         "--resume-ckpt-low-resolution",
         metavar="CKPT",
-        help="start from this checkpoint's EMA weights, resized; optimizer and epochs start afresh",
+        help="start from this checkpoint's EMA weights, resized; optimizer and epochs start afresh; a file, an URL or a hub id",
     )
     args = parse_training_arguments(parser, argv)
     if args.resume_ckpt_low_resolution and args.init_from:

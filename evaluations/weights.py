@@ -4,7 +4,7 @@ import http.client
 import os
 from pathlib import Path
 
-from runtime.fetch import cached_path, download
+from runtime.fetch import cached_path, download, is_disk_error
 
 FLAG = "--inception-weights"
 
@@ -29,8 +29,9 @@ def find_file(path: str | os.PathLike | None, variable: str, url: str, *, hash_p
     try:
         download(url, cached, hash_prefix)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: another checksum
+        mend = "set TORCH_HOME to a writable folder with room, or " if is_disk_error(error) else ""
         raise ValueError(
-            f"cannot download {url} to {cached.parent} ({error}): fetch it on a machine that can, and name it with {FLAG} FILE "
-            f"or ${variable}, or lay it into the working directory"
+            f"cannot download {url} to {cached.parent} ({error}): {mend}fetch it on a machine that can, and name it with "
+            f"{FLAG} FILE or ${variable}, or lay it into the working directory"
         ) from error
     return cached

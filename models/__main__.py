@@ -6,10 +6,8 @@ python -m models [--image-size 256]
 from collections.abc import Iterator, Sequence
 
 from models.macs import fresh_on_meta, multiply_accumulates
-from models.registry import PUBLISHED, VARIANTS, model_config, model_names
+from models.registry import PUBLISHED, VAE_DOWNSAMPLE, VARIANTS, model_config, model_names
 from runtime import cli
-
-VAE_DOWNSAMPLE = 8
 
 
 def rows() -> Iterator[tuple[str, str, dict]]:

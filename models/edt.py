@@ -47,9 +47,10 @@ class MaskPlace(NamedTuple):
     low: float
     high: float
 
-    def kept(self, uniforms: Tensor, probability: float) -> Tensor:
-        """U(0, 1) draws (b, num_tokens) -> which tokens are kept, bool alike: each for itself."""
-        return uniforms >= probability
+    def kept(self, uniforms: Tensor, share: float) -> Tensor:
+        """U(0, 1) draws (b, num_tokens) -> which tokens are kept, bool alike: each is dropped for itself, with the
+        probability ``share``."""
+        return uniforms >= share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,10 +40,10 @@ class TokenSubset(NamedTuple):
     low: float
     high: float
 
-    def kept(self, uniforms: Tensor, ratio: float) -> Tensor:
-        """U(0, 1) draws (b, num_tokens) -> the kept tokens, int64 (b, K) ascending: the K = int(num_tokens (1 - ratio)) of the
+    def kept(self, uniforms: Tensor, share: float) -> Tensor:
+        """U(0, 1) draws (b, num_tokens) -> the kept tokens, int64 (b, K) ascending: the K = int(num_tokens (1 - share)) of the
         smallest draws."""
-        number = int(self.num_tokens * (1 - ratio))
+        number = int(self.num_tokens * (1 - share))
         return uniforms.argsort(dim=1, stable=True)[:, :number].sort(dim=1).values
 
 

@@ -56,6 +56,8 @@ PUBLISHED = {
 # Rows of the table of models that are no model of their own: label -> name, settings
 VARIANTS = {f"SiT-S/2 M={number}": ("SiT-S/2", {"mediator_num": number}) for number in (4, 16, 64)}
 
+VAE_DOWNSAMPLE = 8  # of the published autoencoders: an image is so many times as wide as its latents
+
 STAYS = "this kind of network stays at its resolution: train at the checkpoint's size, or from fresh weights"
 
 
@@ -143,10 +145,10 @@ def name_of(config: object) -> str | None:
     return next((name for name, known in CONFIGS.items() if same_size(known, config)), None)
 
 
-def resolve_amm(name: str, amm: AMM | str | bool | None, cfg_scale: float = 1.0, input_size: int = 32) -> AMM | None:
-    """False or None: off. True: the placement published for the model. "exp:7,10": as it says."""
+def resolve_amm(name: str | None, amm: AMM | str | bool | None, cfg_scale: float = 1.0, input_size: int = 32) -> AMM | None:
+    """False or None: off. True: the placement published for the model, None for one without a name. "exp:7,10": as it says."""
     if amm is True:
-        return default_amm(name, cfg_scale, input_size)
+        return default_amm(name or "this model", cfg_scale, input_size)
     return parse_amm(amm) if isinstance(amm, str) else amm or None
 
 

@@ -2,18 +2,25 @@
 
 name                                        what it is
 an existing file or folder                  itself
-https://HOST/DiT.pt#sha256=HEX              a file, also http and file URLs; the checksum can be left out
+https://HOST/DiT.pt#sha256=HEX              a file, also http; the checksum can be left out
+file:///FOLDER/DiT.pt#sha256=HEX            a local file, used where it lies
 OWNER/NAME, OWNER/NAME@REVISION             a diffusers pipeline on the Hugging Face hub
 OWNER/NAME@REVISION/FILE#sha256=HEX         a file on the hub; revision and checksum can be left out
+
+A revision is a branch, a tag, a commit or refs/pr/NUMBER.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import http.client
 import os
 import re
+import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +28,20 @@ import torch.hub
 from filelock import FileLock
 
 from runtime.cli import first_line
-from runtime.distributed import note
+from runtime.distributed import is_first_process, note
 from runtime.files import file_sha256
 
 SCHEMES = ("https", "http", "file")
-PIPELINE_FILES = ["model_index.json", "transformer/*", "vae/*"]  # all that a network and its decoder need
+PARTS = ("transformer", "vae")  # of a pipeline: all that sampling needs
+WEIGHTS = "diffusion_pytorch_model"
+PART_FILES = ("config.json", f"{WEIGHTS}.safetensors")
+PIPELINE_FILES = ["model_index.json", *(f"{part}/{file}" for part in PARTS for file in PART_FILES)]
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 HUB_PART = r"[A-Za-z0-9][\w.-]*"
-HUB_ID = re.compile(rf"(?P<repo>{HUB_PART}/{HUB_PART})(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./ -]+))?")
+STALL_SECONDS = 60
+# What is wrong with the cache's disk, not with the network: no right to write, no room, no folder.
+DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+HUB_ID = re.compile(rf"(?P<repo>{HUB_PART}/{HUB_PART})(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?(?:/(?P<file>[\w./ -]+))?")
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,9 @@ def fetch(name: str | os.PathLike) -> Path:
 
     Raises ValueError with the mend for a failed download and for a file with another checksum, cached or new.
     """
-    if urllib.parse.urlsplit(str(name)).scheme in SCHEMES:
-        return _fetch_url(_split(str(name)))
+    scheme = urllib.parse.urlsplit(str(name)).scheme
+    if scheme in SCHEMES:
+        return _local_file(_split(str(name))) if scheme == "file" else _fetch_url(_split(str(name)))
     if Path(name).exists():
         return Path(name)
     source = _split(str(name))
@@ -64,8 +78,8 @@ def cached_path(name: str) -> Path:
 def download(url: str, target: Path, sha256: str | None = None) -> None:
     """With a progress bar, to a temporary name that is moved when all is well; the processes of a machine do it once.
 
-    sha256: the digest or its first digits. Raises OSError (also for a file cut short), RuntimeError (another digest) or
-    HTTPException, and leaves nothing.
+    sha256: the digest or its first digits. Raises OSError (also for a file cut short, and for a server that falls silent),
+    RuntimeError (another digest) or HTTPException, and leaves nothing.
     """
     locks = Path(torch.hub.get_dir(), "locks")
     for folder in (locks, target.parent):
@@ -75,20 +89,42 @@ def download(url: str, target: Path, sha256: str | None = None) -> None:
             return  # another process has just fetched it
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
+            with _no_stalling():
+                torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
             # torch hub takes a broken connection for the file's end, which only a checksum would show.
             size, announced = part.stat().st_size, None if sha256 else _announced_size(url)
-            if announced not in (None, size):
+            if announced and size < announced:
                 raise OSError(f"it ended after {size} of {announced} bytes")
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
 
 
-def _announced_size(url: str) -> int | None:
-    """None where the server does not say."""
+def is_disk_error(error: Exception) -> bool:
+    """Whether a download failed for want of a place to put it."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+@contextlib.contextmanager
+def _no_stalling() -> Iterator[None]:
+    """torch hub sets no timeout: a server that stops sending would be waited for without end."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})) as answer:
+        yield
+    except OSError as error:
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            raise OSError(f"the server sent nothing for {STALL_SECONDS} seconds") from error
+        raise
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _announced_size(url: str) -> int | None:
+    """None where the server does not say; some say 0."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
+    try:
+        with urllib.request.urlopen(request, timeout=STALL_SECONDS) as answer:
             length = answer.headers.get("Content-Length", "")
     except (OSError, http.client.HTTPException):
         return None
@@ -102,8 +138,27 @@ def _split(name: str) -> Source:
         return Source(name, None)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if not match:
-        raise ValueError(f"{name}: write the checksum as #sha256= and its 64 hexadecimal digits, got #{fragment}")
+        raise ValueError(f"{_shown(address)}: write the checksum as #sha256= and its 64 hexadecimal digits, got #{fragment}")
     return Source(address, match[1].lower())
+
+
+def _shown(url: str) -> str:
+    """For messages: without what may hold a secret, the query and a password."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _local_file(source: Source) -> Path:
+    """Raises ValueError for a URL of another machine's file, and for a checksum of no file."""
+    parts = urllib.parse.urlsplit(source.address)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"{source.address} names the host {parts.netloc}: a local file is file:///FOLDER/FILE, three slashes")
+    path = Path(urllib.request.url2pathname(parts.path))
+    if source.sha256 and not path.is_file():
+        raise ValueError(f"{source.address}: {path} is no file, which alone has a checksum: correct the URL")
+    if source.sha256 and digest(path) != source.sha256:
+        raise ValueError(f"{path} has the sha256 {digest(path)}, not {source.sha256}: correct the checksum or the URL")
+    return path
 
 
 def _fetch_url(source: Source) -> Path:
@@ -116,11 +171,14 @@ def _fetch_url(source: Source) -> Path:
             download(url, path, source.sha256)
         except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             mend = "correct the digits after #sha256=" if "invalid hash" in str(error) else "correct the URL"
+            if is_disk_error(error):
+                mend = "set TORCH_HOME to a writable folder with room"
             raise ValueError(
-                f"cannot download {url} ({first_line(error)}): {mend}, or fetch it on a machine that can and name the file"
+                f"cannot download {_shown(url)} ({first_line(error)}): {mend}, or fetch it on a machine that can and "
+                "name the file"
             ) from error
     _check(path, source)
-    if source.sha256 is None:
+    if source.sha256 is None and is_first_process():
         _advise(url, path)
     return path
 
@@ -139,12 +197,16 @@ def _fetch_hub(source: Source, repo: str, revision: str | None, file: str | None
     try:
         if file is None:
             path = Path(snapshot_download(repo, revision=revision, allow_patterns=PIPELINE_FILES))
+            older = [f"{part}/{WEIGHTS}.bin" for part in PARTS if not (path / part / f"{WEIGHTS}.safetensors").is_file()]
+            if older:
+                path = Path(snapshot_download(repo, revision=revision, allow_patterns=older))
         else:
             path = Path(hf_hub_download(repo, file, revision=revision))
     except Exception as error:  # the hub's errors have no common class; offline it may raise anything
+        mend = "set HF_HOME to a writable folder with room" if is_disk_error(error) else "correct the name"
         raise ValueError(
             f"{source.address} is no file or folder here, and could not be fetched from the Hugging Face hub "
-            f"({first_line(error)}): correct the name, or download it on a machine with network and name the file or folder"
+            f"({first_line(error)}): {mend}, or download it on a machine with network and name the file or folder"
         ) from error
     if file is None and not (path / "transformer").is_dir():
         raise ValueError(
@@ -155,18 +217,25 @@ def _fetch_hub(source: Source, repo: str, revision: str | None, file: str | None
 
 
 def _check(path: Path, source: Source) -> None:
-    if source.sha256 and _digest(path) != source.sha256:
+    if source.sha256 and digest(path) != source.sha256:
         raise ValueError(
-            f"{path}, the copy of {source.address}, has the sha256 {_digest(path)}, not {source.sha256}: "
+            f"{path}, the copy of {_shown(source.address)}, has the sha256 {digest(path)}, not {source.sha256}: "
             "remove that file and run again, or correct the checksum"
         )
 
 
 @functools.cache
 def _advise(url: str, path: Path) -> None:
-    note(f"{url} is not checked; pin it as {url}#sha256={_digest(path)}")
+    rest = " (and its query before the #)" if urllib.parse.urlsplit(url).query else ""
+    note(f"{_shown(url)} is not checked; pin it as {_shown(url)}#sha256={digest(path)}{rest}")
 
 
-@functools.cache  # once per process: a checkpoint's gigabytes take seconds
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """A file's SHA-256, computed once per process: a checkpoint's gigabytes take seconds."""
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, *_: int) -> str:
     return file_sha256(path)

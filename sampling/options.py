@@ -20,8 +20,7 @@ from models.layers import compile_blocks
 from models.registry import resolve_amm
 from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positive_float, positive_int, seed
 from runtime.distributed import autocast_dtype, check_precision
-from runtime.fetch import fetch
-from runtime.files import file_sha256
+from runtime.fetch import digest, fetch
 from sampling.generate import Guidance
 from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
 
@@ -133,21 +132,27 @@ def build_pipeline(args: Namespace, device: torch.device) -> Pipeline:
     amm = resolve_amm(args.model or checkpoint.model, args.amm, args.cfg_scale, checkpoint.config.input_size)
     model = build_model(checkpoint, name=args.model, amm=amm).to(device)
     if args.cfg_power is not None:
-        set_cfg_power(model, args.cfg_power)
+        set_cfg_power(model, args, checkpoint)
     if args.compile:
         compile_blocks(model)
     pipeline = assemble(args, checkpoint, model, build_sampler(args, checkpoint), device)
-    pipeline.settings.update(checkpoint_sha256=file_sha256(checkpoint.path), amm=str(amm or "off"))
+    pipeline.settings.update(checkpoint_sha256=digest(checkpoint.path), amm=str(amm or "off"))
     if hasattr(model, "cfg_power"):
         pipeline.settings["cfg_power"] = model.cfg_power
     return pipeline
 
 
-def set_cfg_power(model: nn.Module, power: float) -> None:
-    """Raises ValueError for a network whose guidance does not depend on time."""
+def set_cfg_power(model: nn.Module, args: Namespace, checkpoint: Checkpoint) -> None:
+    """Raises ValueError where guidance does not depend on time, or there is none."""
     if not hasattr(model, "cfg_power"):
-        raise ValueError(f"--cfg-power {power:g} belongs to MDTv2: the checkpoint holds another network; leave the flag out")
-    model.cfg_power = power
+        raise ValueError(
+            f"--cfg-power {args.cfg_power:g} belongs to MDTv2: the checkpoint holds another network; leave the flag out"
+        )
+    if checkpoint.objective["name"] == "transport":
+        _refuse(args, ("cfg_power",), f"{checkpoint.path}, which is a transport, guided alike at all times")
+    if args.cfg_scale == 1:
+        _refuse(args, ("cfg_power",), "samples without guidance (--cfg-scale 1)")
+    model.cfg_power = args.cfg_power
 
 
 def assemble(args: Namespace, checkpoint: Checkpoint, model: nn.Module, sampler: Sampler, device: torch.device) -> Pipeline:

@@ -3,22 +3,22 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.store import PUBLISHED_SCALE
 from diffusion.transport import ODE
-from models.checkpoints import Checkpoint, build_model, read_checkpoint, weights_file
+from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.layers import compile_blocks
 from models.macs import multiply_accumulates
 from models.registry import size
 from models.stepwise import DISTANCES, StepwiseNetwork, SwitchPolicy
 from runtime.cli import ArgumentParser, positive_float, positive_int
 from runtime.distributed import check_precision, note
-from runtime.fetch import fetch
-from runtime.files import file_sha256
-from sampling.options import Pipeline, assemble, build_sampler, check_held
+from runtime.fetch import digest, fetch
+from sampling.options import CKPT_HELP, Pipeline, assemble, build_sampler, check_held
 from sampling.samplers import SwitchingSampler
 from sampling.writers import Table
 
@@ -49,7 +49,7 @@ class Stage:
 def add_stage_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("models, the cheapest first: three as published, or any number with --ckpts")
     for i in range(1, PUBLISHED_STAGES + 1):
-        group.add_argument(f"--ckpt{i}", metavar="CKPT")
+        group.add_argument(f"--ckpt{i}", metavar="CKPT", help=CKPT_HELP if i == 1 else "likewise")
         group.add_argument(f"--mediator-num{i}", type=positive_int, metavar="M", help="checked against the checkpoint")
     group.add_argument("--ckpts", nargs="+", metavar="CKPT", help="in place of --ckpt1, --ckpt2, --ckpt3")
     group.add_argument("--first-several-num", type=positive_int, default=3, help="changes whose mean is the reference")
@@ -94,9 +94,10 @@ def read_ratios(parser: ArgumentParser, args: Namespace, num_stages: int) -> tup
 
 @dataclass(frozen=True)
 class Switching:
-    """checkpoint: the first one."""
+    """checkpoint: the first one. paths: of all, the files that hold the weights."""
 
     checkpoint: Checkpoint
+    paths: tuple[Path, ...]
     network: StepwiseNetwork
     sampler: SwitchingSampler
 
@@ -105,7 +106,7 @@ def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchP
     """:func:`build_switching`, with what turns latents into images."""
     switching = build_switching(args, stages, policy, device)
     pipeline = assemble(args, switching.checkpoint, switching.network, switching.sampler, device)
-    pipeline.settings["checkpoints_sha256"] = [file_sha256(weights_file(fetch(stage.path))) for stage in stages]
+    pipeline.settings["checkpoints_sha256"] = [digest(path) for path in switching.paths]
     return pipeline
 
 
@@ -130,7 +131,8 @@ def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPoli
     cost = gmacs(network)
     if (np.diff(cost) < 0).any():
         note(f"the models do not grow: a call costs {', '.join(f'{gmac:.4g}' for gmac in cost)} GMAC in the order given")
-    return Switching(checkpoints[0], network, SwitchingSampler(sampler, network))
+    paths = tuple(checkpoint.path for checkpoint in checkpoints)
+    return Switching(checkpoints[0], paths, network, SwitchingSampler(sampler, network))
 
 
 def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:

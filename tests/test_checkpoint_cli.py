@@ -9,13 +9,15 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from models import create_model, load_checkpoint
 from models.checkpoints import build_model, describe, read_checkpoint
 from models.checkpoints.__main__ import main
+from models.checkpoints.files import write_safetensors
 from tests.shared import perturb
 
-CODEC = {"name": "sd-vae-ft-ema", "scale": 0.18215}
+CODEC = {"name": "sd-vae-ft-ema", "scale": 0.18215, "image_size": 16}  # as the pixels' codec would say
 NAMES = tuple(f"name {i}" for i in range(10))
 
 
@@ -63,7 +65,7 @@ def test_inspect_our_checkpoint(ours, capsys):
         "model": "SiT-Ti/2",
         "recognised by": "its config entry",
         "latents": "3 x 16 x 16",
-        "image size": "128 pixels, with a VAE of 8",
+        "image size": "16 pixels",
         "patch size": "2",
         "channels": "3 in, 3 out",
         "classes": "10",
@@ -99,6 +101,7 @@ def test_inspect_published_weights(folder, capsys, name, expected):
         "model": name,
         "recognised by": "keys and shapes",
         "latents": "4 x 32 x 32",
+        "image size": "256 pixels, with a VAE of 8",
         "weights": "one set, unnamed",
         "step": "not stated",
         "objective": "gaussian",
@@ -179,6 +182,52 @@ def test_bare_weights_also_of_no_registered_size(folder, name, settings):
     assert checkpoint.state["pos_embed"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("flags", [[], ["--weights", "model"]])
+def test_unnamed_weights(folder, capsys, flags):
+    """--weights chooses among weights that have names: what comes out is read by default."""
+    state, _ = random_state("EDT-Ti/2")
+    torch.save(state, folder / "a.pt")
+    main(["convert", str(folder / "a.pt"), str(folder / "a.safetensors"), *flags])
+    assert "a.safetensors: unnamed weights of EDT-Ti/2" in capsys.readouterr().out
+    assert same(load_checkpoint(folder / "a.safetensors"), state)
+
+
+def test_a_codec_in_a_folder_is_not_named(folder, capsys):
+    """The converted file is for other machines too."""
+    state, config = random_state("EDT-Ti/2")
+    codec = {"name": str(folder), "scale": 0.5, "image_size": 128}
+    stated = describe("EDT-Ti/2", config, codec=codec, class_names=())
+    torch.save({"ema": state, "config": stated}, folder / "a.pt")
+    main(["convert", str(folder / "a.pt"), str(folder / "a.safetensors")])
+    assert "give --vae when sampling it" in capsys.readouterr().out
+    assert read_checkpoint(folder / "a.safetensors").codec == {"scale": 0.5, "image_size": 128}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64])
+def test_the_format_is_the_librarys(tmp_path, dtype):
+    """Written by hand, read by safetensors: scalars, empty and transposed tensors, shared memory, odd sizes."""
+    values = torch.arange(35).reshape(5, 7).to(dtype)
+    state = {"b": values, "a": values.T, "c": values[::2, 1:], "d": torch.tensor(3).to(dtype), "e": values[:0]}
+    state["odd"] = torch.ones(3, dtype=torch.float16)
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        write_safetensors(state, file, which="ema", config={"model": "ü"}, step=3)
+    found = load_file(tmp_path / "a.safetensors")
+    assert same(found, state) and all(found[key].dtype == state[key].dtype for key in state)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "weights": "ema", "config": json.dumps({"model": "ü"}), "step": "3"}
+
+
+def test_safetensors_of_another_name(ours, folder, capsys):
+    """A file of the cache or of a hub may have any name."""
+    main(["convert", str(ours), str(folder / "out.safetensors")])
+    (folder / "out.safetensors").rename(folder / "blob")
+    assert same(load_checkpoint(folder / "blob"), load_checkpoint(ours))
+    assert printed(capsys, "inspect", folder / "blob")["kind"] == "safetensors with a config entry"
+    ours.rename(folder / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"wrong\.safetensors is damaged or no checkpoint"):
+        load_checkpoint(folder / "wrong.safetensors")
+
+
 def test_convert_refusals(ours, folder, fails, capsys, monkeypatch):
     out = folder / "out.safetensors"
     out.write_bytes(b"old")
@@ -197,7 +246,7 @@ def test_convert_refusals(ours, folder, fails, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save", full)
+        patch.setattr("models.checkpoints.__main__.write_safetensors", full)
         assert "No space left on device; what was there before is unchanged" in fails(main, "convert", ours, out, "--force")
     assert out.read_bytes() == b"old"
     main(["convert", str(ours), str(out), "--force"])

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from models import create_model, load_checkpoint
 from models.amm import AMM
 from models.checkpoints import Checkpoint, build_model, describe, load_weights, read_checkpoint, read_file, warm_start
-from models.registry import model_config
+from models.registry import model_config, resolve_amm
+from sampling.options import set_cfg_power
 
 TINY = {"widths": (16, 24, 32, 24, 16), "num_heads": 2, "input_size": 16, "num_classes": 10}
 CODEC = {"name": "sd-vae-ft-ema", "scale": 0.18215}
@@ -47,7 +49,7 @@ def published(model, ema):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_published_training_checkpoint(tmp_path, weights, prefix, zipped):
     model, ema = ({prefix + key: value for key, value in state.items()} for state in weights)
     path = tmp_path / "0400000.pt"
@@ -162,6 +164,8 @@ def test_published_amm_is_chosen_by_guidance(tmp_path, weights, cfg_scale, block
 def test_amm_of_a_model_without_a_name(tmp_path, weights):
     with pytest.raises(ValueError, match="no AMM placement is published for this model"):
         build_model(read_checkpoint(saved(weights[0], tmp_path / "a.pt")), amm=True)
+    with pytest.raises(ValueError, match="no AMM placement is published for this model"):
+        resolve_amm(None, True)
 
 
 def test_weights_that_do_not_fit(weights):
@@ -213,7 +217,7 @@ def test_missing_file(tmp_path):
 
 def test_missing_average(tmp_path, weights):
     path = saved({"model": weights[0]}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt holds model, but no ema weights"):
+    with pytest.raises(ValueError, match=r"a\.pt holds model, but no ema weights: take the others with --weights model"):
         load_checkpoint(path)
     assert same(load_checkpoint(path, "model"), weights[0])
     with pytest.raises(ValueError, match="which must be one of"):
@@ -261,8 +265,9 @@ def test_arbitrary_bytes(tmp_path, suffix, content):
     with code in it."""
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
-    with damaged(path):
+    with damaged(path) as caught:
         load_checkpoint(path)
+    assert "weights_only" not in str(caught.value)  # torch's advice
 
 
 class Attack:
@@ -298,10 +303,119 @@ def test_any_object_is_refused(tmp_path, weights):
         read_checkpoint(saved({"ema": weights[0], "args": AMM(form="exp", blocks=(1,))}, tmp_path / "a.pt"))
 
 
+# What a config entry says
+
+
+def our_config(**changes):
+    config = describe("EDT-S/2", tiny().config, codec=CODEC, class_names=("cat",))
+    fields = {**config["model_config"], **changes.pop("fields", {})}
+    return {**config, "model_config": fields, **changes}
+
+
 @pytest.mark.parametrize(
-    "stated",
-    [{"model": "EDT-S/2"}, {"model": "EDT-S/2", "model_config": None}, {"model": "EDT-S/2", "model_config": {"hidden": 3}}],
+    "changes, message",
+    [
+        ({"model_config": None}, "no model_config"),
+        ({"fields": {"hidden": 3}}, "EDT-S/2 has no setting hidden"),
+        ({"codec": ["pixels"]}, r"the codec \['pixels'\]"),
+        ({"codec": {"name": 3}}, "the codec {'name': 3}"),
+        ({"codec": {"name": "pixels", "scale": "1"}}, "the codec"),
+        ({"class_names": [1, 2]}, "class_names that are no list of strings"),
+        ({"class_names": "cat"}, "class_names that are no list of strings"),
+        ({"objective": {"name": "flow"}}, "the objective {'name': 'flow'}; they are gaussian and transport"),
+        ({"objective": ["gaussian"]}, "the objective"),
+        ({"objective": {"name": []}}, "the objective"),
+        ({"fields": {"patch_size": 2.0}}, "a model_config with patch_size 2.0"),
+        ({"fields": {"num_classes": "10"}}, "a model_config that no model has"),
+        ({"fields": {"num_classes": True}}, "a model_config with num_classes True"),
+        ({"fields": {"mlp_ratio": float("inf")}}, "a model_config with mlp_ratio inf"),
+        ({"fields": {"label_std": "x"}}, "a model_config with label_std 'x'"),
+        ({"fields": {"depths": None}}, "a model_config that no model has"),
+        ({"fields": {"depths": (10**9, 2, 2, 3, 3)}}, r"states 1000000010 blocks in its config entry, but holds only \d+"),
+    ],
 )
-def test_config_entry_that_is_not_ours(tmp_path, weights, stated):
-    with pytest.raises(ValueError):
-        read_checkpoint(saved({"ema": weights[0], "config": stated}, tmp_path / "a.pt"))
+def test_config_entry_of_wrong_types(tmp_path, weights, changes, message):
+    """They came out later, as errors of Python."""
+    path = saved({"ema": weights[0], "config": our_config(**changes)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"a\.pt.*{message}"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"input_size": 8192}, r"position tables of latents 16 wide .* the model's are 8192 wide"),
+        ({"num_classes": 10**12}, r"embedding_table\.weight has shape \(11, 16\), the model's is \(1000000000001, 16\)"),
+        ({"num_classes": 10**18}, "a.pt: no network has the sizes that it states"),
+    ],
+)
+def test_stated_sizes_take_no_memory(tmp_path, weights, fields, message):
+    """A position table of hundreds of gigabytes was allocated first."""
+    checkpoint = read_checkpoint(saved({"ema": weights[0], "config": our_config(fields=fields)}, tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=message):
+        build_model(checkpoint)
+
+
+def test_family_without_a_model(tmp_path, weights):
+    config = our_config(family="EDT")
+    del config["model"]
+    checkpoint = read_checkpoint(saved({"ema": weights[0], "config": config}, tmp_path / "a.pt"))
+    assert (checkpoint.model, checkpoint.config, checkpoint.codec) == (None, tiny().config, CODEC)
+
+
+# Kinds of tensors
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        (lambda value: value.to_sparse(), "sparse float32"),
+        (lambda value: value.to("meta"), "meta float32"),
+        (lambda value: value.to(torch.complex64), "complex64"),
+        (lambda value: value.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda value: value.to(torch.int8), "int8"),
+        (lambda value: value > 0, "bool"),
+    ],
+)
+def test_tensors_that_are_no_weights(tmp_path, weights, change, kind):
+    state = dict(weights[0])
+    state["final_layer.linear.bias"] = change(state["final_layer.linear.bias"])
+    with pytest.raises(ValueError, match=rf"a\.pt: final_layer\.linear\.bias is {kind}; weights are dense"):
+        read_checkpoint(saved({"ema": state}, tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_precision_of_weights(weights, dtype):
+    """Whole numbers were loaded as weights."""
+    key, model = "final_layer.linear.bias", tiny()
+    state = {**weights[0], key: torch.arange(32).to(dtype)}
+    if dtype is torch.int64:
+        with pytest.raises(ValueError, match=rf"{key} is int64, the model's is float32"):
+            load_weights(model, state, "a.pt")
+    else:
+        load_weights(model, state, "a.pt")
+        assert torch.equal(model.state_dict()[key], torch.arange(32).float())
+
+
+# Flags of sampling
+
+
+@pytest.mark.parametrize(
+    "name, objective, cfg_scale, message",
+    [
+        ("EDT-Ti/2", "gaussian", 4.0, "--cfg-power 2 belongs to MDTv2"),
+        ("MDTv2-Ti/2", "gaussian", 1.0, "--cfg-power 2.0 means nothing to samples without guidance"),
+        ("MDTv2-Ti/2", "transport", 4.0, r"--cfg-power 2.0 means nothing to a\.pt, which is a transport"),
+        ("MDTv2-Ti/2", "gaussian", 4.0, None),
+    ],
+)
+def test_cfg_power_where_it_changes_nothing(name, objective, cfg_scale, message):
+    model, args = create_model(name), argparse.Namespace(cfg_power=2.0, cfg_scale=cfg_scale)
+    checkpoint = SimpleNamespace(path="a.pt", objective={"name": objective})
+    if message:
+        with pytest.raises(ValueError, match=message):
+            set_cfg_power(model, args, checkpoint)
+    else:
+        set_cfg_power(model, args, checkpoint)
+        assert model.cfg_power == 2.0

@@ -1,9 +1,12 @@
 """Checkpoints by URL and hub id: downloaded once, checked against their checksum, and one clear line when that fails."""
 
 import concurrent.futures
+import errno
 import functools
 import hashlib
 import http.server
+import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ import inference
 from models import create_model
 from models.checkpoints import describe
 from runtime import fetch as module
-from runtime.fetch import fetch
+from runtime.fetch import digest, fetch
 from tests.shared import perturb
 
 CONTENT = b"weights" * 1000
@@ -24,20 +27,22 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Counts the files it hands out; /short/... breaks off in the middle."""
+    """Counts the files it hands out; /short/... breaks off in the middle, /stall/... sends nothing more."""
 
     def do_GET(self):
         self.server.served.append(self.path)
-        if not self.path.startswith("/short/"):
+        if not self.path.startswith(("/short/", "/stall/")):
             return super().do_GET()
         self.send_response(200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
         self.wfile.write(CONTENT[:100])
+        if self.path.startswith("/stall/"):
+            self.server.released.wait(20)
 
     def do_HEAD(self):
         self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        self.send_header("Content-Length", str(self.server.announced))
         self.end_headers()
 
     def log_message(self, *_):
@@ -61,10 +66,12 @@ def server(tmp_path, hub):
         (tmp_path / "files" / folder / "DiT-XL.pt").write_bytes(CONTENT)
     handler = functools.partial(Handler, directory=str(tmp_path / "files"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.announced, server.released = len(CONTENT), threading.Event()
     server.served, server.url = [], f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
+    server.released.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -90,8 +97,20 @@ def test_a_url_is_downloaded_once(server, hub):
 
 
 def test_a_file_url(tmp_path, hub):
-    (tmp_path / "a.safetensors").write_bytes(CONTENT)
-    assert fetch((tmp_path / "a.safetensors").as_uri()).read_bytes() == CONTENT
+    """Of gigabytes, a copy was made."""
+    path = tmp_path / "größe 1.safetensors"
+    path.write_bytes(CONTENT)
+    assert "%20" in path.as_uri()
+    assert fetch(path.as_uri()) == fetch(f"{path.as_uri()}#sha256={SHA256}") == path
+    assert fetch(tmp_path.as_uri()) == tmp_path
+    assert not hub.exists()
+    for name, message in [
+        (f"{path.as_uri()}#sha256={'0' * 64}", f"has the sha256 {SHA256}, not 0{{64}}: correct the checksum or the URL"),
+        (f"file:///absent.pt#sha256={SHA256}", "/absent.pt is no file"),
+        ("file://folder/a.pt", "names the host folder: a local file is file:///FOLDER/FILE"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fetch(name)
 
 
 def test_a_url_without_checksum_says_which_to_pin(server, capsys):
@@ -102,6 +121,37 @@ def test_a_url_without_checksum_says_which_to_pin(server, capsys):
     assert fetch(f"{url}#sha256={SHA256}").read_bytes() == CONTENT
 
 
+def test_the_advice_is_computed_once(server, capsys, monkeypatch):
+    """Every process hashed gigabytes to say nothing."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(module, "file_sha256", None)
+    fetch(f"{server.url}/a/DiT-XL.pt")
+    assert "sha256" not in capsys.readouterr().err
+
+
+def test_a_file_that_has_changed_is_hashed_again(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(CONTENT)
+    assert digest(path) == SHA256
+    path.write_bytes(b"other")
+    assert digest(path) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_messages_hold_no_secrets(server, capsys):
+    """Tokens are in the query."""
+    host = server.url.removeprefix("http://")
+    fetch(f"{server.url}/a/DiT-XL.pt?token=SECRET")
+    messages = [capsys.readouterr().err]
+    for name in (f"{server.url}/a/absent.pt?token=SECRET", f"http://me:SECRET@{host}/a.pt", f"{server.url}/?SECRET#x"):
+        with pytest.raises(ValueError) as caught:
+            fetch(name)
+        messages.append(str(caught.value))
+    with pytest.raises(ValueError) as caught:
+        fetch(f"{server.url}/a/DiT-XL.pt?token=SECRET#sha256={'0' * 64}")
+    for message in [*messages, str(caught.value)]:
+        assert host in message and "SECRET" not in message
+
+
 def test_a_wrong_checksum(server, hub):
     url, wrong = f"{server.url}/a/DiT-XL.pt", "0" * 64
     with pytest.raises(ValueError, match=r"cannot download .*invalid hash value.*correct the digits after #sha256="):
@@ -110,7 +160,6 @@ def test_a_wrong_checksum(server, hub):
     path = fetch(f"{url}#sha256={SHA256}")
     with pytest.raises(ValueError, match=rf"has the sha256 {SHA256}, not {wrong}: remove that file"):
         fetch(f"{url}#sha256={wrong}")
-    module._digest.cache_clear()
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"DiT-XL\.pt, the copy of .*, has the sha256"):
         fetch(f"{url}#sha256={SHA256}")
@@ -129,6 +178,28 @@ def test_a_broken_connection_leaves_nothing(server, hub):
     with pytest.raises(ValueError, match="cannot download"):
         fetch(f"{server.url}/short/a.pt#sha256={SHA256}")
     assert kept(hub) == []
+
+
+@pytest.mark.parametrize("announced", [0, 100, ""])
+def test_a_server_that_announces_too_little(server, announced):
+    """Some answer HEAD with the size of its empty body."""
+    server.announced = announced
+    assert fetch(f"{server.url}/a/DiT-XL.pt").read_bytes() == CONTENT
+
+
+def test_a_server_that_falls_silent(server, hub, monkeypatch):
+    """It was waited for without end."""
+    monkeypatch.setattr(module, "STALL_SECONDS", 0.3)
+    with pytest.raises(ValueError, match=r"cannot download .*\(the server sent nothing for 0\.3 seconds\)"):
+        fetch(f"{server.url}/stall/a.pt")
+    assert kept(hub) == []
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_cache_that_cannot_be_written(server, hub):
+    hub.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot download .*: set TORCH_HOME to a writable folder"):
+        fetch(f"{server.url}/a/DiT-XL.pt")
 
 
 def test_absent_and_unreachable(server, hub):
@@ -160,7 +231,9 @@ def test_many_at_once_download_once(server, hub, monkeypatch):
 def asked(tmp_path, hub, monkeypatch):
     """What the hub was asked for; it has the file DiT.pt and a pipeline."""
     calls, snapshot = [], tmp_path / "snapshot"
-    (snapshot / "transformer").mkdir(parents=True)
+    for part in ("transformer", "vae"):
+        (snapshot / part).mkdir(parents=True)
+        (snapshot / part / f"{WEIGHTS}.safetensors").write_bytes(b"")
     (snapshot / "DiT.pt").write_bytes(CONTENT)
 
     def file(repo, filename, revision):
@@ -176,7 +249,9 @@ def asked(tmp_path, hub, monkeypatch):
     return calls
 
 
-PIPELINE = ("model_index.json", "transformer/*", "vae/*")
+WEIGHTS = "diffusion_pytorch_model"
+PIPELINE = ("model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}.safetensors")
+PIPELINE += ("vae/config.json", f"vae/{WEIGHTS}.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -186,11 +261,20 @@ PIPELINE = ("model_index.json", "transformer/*", "vae/*")
         ("owner/name@v1.0", ("owner/name", PIPELINE, "v1.0")),
         ("owner/name/DiT.pt", ("owner/name", "DiT.pt", None)),
         (f"owner/name@0123abc/sub/DiT.pt#sha256={SHA256}", ("owner/name", "sub/DiT.pt", "0123abc")),
+        ("owner/name@refs/pr/12", ("owner/name", PIPELINE, "refs/pr/12")),
+        ("owner/name@refs/pr/1/sub/DiT.pt", ("owner/name", "sub/DiT.pt", "refs/pr/1")),
     ],
 )
 def test_hub_ids(asked, tmp_path, name, call):
     assert fetch(name) == (tmp_path / "snapshot" / "DiT.pt" if ".pt" in name else tmp_path / "snapshot")
     assert asked == [call]
+
+
+def test_pickles_are_fetched_where_there_is_nothing_else(asked, tmp_path):
+    """Of every precision and format a copy was fetched, each of gigabytes."""
+    (tmp_path / "snapshot" / "vae" / f"{WEIGHTS}.safetensors").unlink()
+    fetch("owner/name@main")
+    assert asked == [("owner/name", PIPELINE, "main"), ("owner/name", (f"vae/{WEIGHTS}.bin",), "main")]
 
 
 def test_hub_file_of_another_checksum(asked):
@@ -201,7 +285,7 @@ def test_hub_file_of_another_checksum(asked):
 
 
 def test_a_repository_without_a_transformer(asked, tmp_path):
-    (tmp_path / "snapshot" / "transformer").rmdir()
+    shutil.rmtree(tmp_path / "snapshot" / "transformer")
     with pytest.raises(
         ValueError, match=r"no diffusers pipeline with a transformer: name a file in it, as owner/name/FILE\.pt"
     ):
@@ -219,6 +303,15 @@ def test_the_hub_cannot_be_reached(monkeypatch, name):
         ValueError, match=rf"^{name} is no file or folder here, and could not be fetched .*\(offline\): correct"
     ):
         fetch(name)
+
+
+def test_the_hubs_cache_cannot_be_written(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ValueError, match=r"No space left on device\): set HF_HOME to a writable folder with room"):
+        fetch("owner/name")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which network weights are of: from keys and shapes, and between DiT and SiT, whose keys are the same, by what names them."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 import inference
 from models import create_model, load_checkpoint
 from models.checkpoints import build_model, describe, differences, load_weights, read_checkpoint
+from models.checkpoints.__main__ import convert, main
 from models.checkpoints.recognise import recognise
 from models.edt import config_from_state
 from models.macs import fresh_on_meta
@@ -52,7 +54,11 @@ def folder(tmp_path_factory):
 def test_published_keys(row):
     """Every published state dict, at its size, is taken for what it is, and fits the network made for it."""
     name, _, mediators = row.partition(" mediators=")
-    state = {key: torch.empty(shape, device="meta") for key, shape in PUBLISHED_KEYS[row].items()}
+    kinds = {True: torch.int64, False: torch.float32}
+    state = {
+        key: torch.empty(shape, device="meta", dtype=kinds[key.endswith("_index")])
+        for key, shape in PUBLISHED_KEYS[row].items()
+    }
     config, how = recognise(state, Path("a.pt"), model=name)
     assert name_of(config) == name
     assert getattr(config, "mediator_num", None) == (int(mediators) if mediators else None)
@@ -121,7 +127,8 @@ def test_each_unused_row_tells(networks, row, key):
 def test_nothing_tells(folder, settings):
     """Fresh weights are zero in all channels, and without learn_sigma there are no unused ones."""
     path = saved(trained("SiT-Ti/2", **settings).state_dict(), folder / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt: its keys fit both DiT and SiT, .* --model"):
+    message = r"a\.pt: its keys fit both DiT and SiT, and .*: say which with --model DiT-Ti/2 or --model SiT-Ti/2$"
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(path)
     for name in ("DiT-Ti/2", "SiT-Ti/2"):
         checkpoint = read_checkpoint(path, model=name)
@@ -129,7 +136,7 @@ def test_nothing_tells(folder, settings):
 
 
 def test_order_of_the_signs(folder, networks):
-    """What the file states, the caller, the args, the file's name, its folders' names, the weights: the first that tells."""
+    """What the file states, the caller, the args, the weights: the first that tells."""
     sit, dit = networks["SiT-Ti/2"], networks["DiT-Ti/2"]
     state = {"ema": sit.state_dict()}
     args = argparse.Namespace(model="DiT-Ti/2", path_type="VP")
@@ -143,9 +150,32 @@ def test_order_of_the_signs(folder, networks):
     assert read({"ema": dit.state_dict(), "args": args}, "dit.pt", "SiT-Ti/2") == ("SiT", "--model")
     assert read({**state, "args": args}, "sit.pt") == ("DiT", "its args")
     assert read({**state, "args": args}, "sit.pt", "EDT-S/2") == ("DiT", "its args")
-    assert read({**state, "args": argparse.Namespace(lr=1)}, "000-SiT/DiT-XL-2-256x256.pt") == ("DiT", "its file name")
-    assert read(dit.state_dict(), "000-SiT-S-2/0400000.pt") == ("SiT", "its folder's name")
+    assert read({**state, "args": {"model": "DiT-Ti/2"}}, "sit.pt") == ("DiT", "its args")
     assert read(state, "edition/dit-or-sit.pt") == ("SiT", "its unused channels")
+    assert read(state, "000-SiT/sit.pt") == ("SiT", "its unused channels")
+
+
+def test_names_do_not_override_the_weights(folder, networks):
+    """A SiT in a folder named after DiT was sampled as a DiT, to noise."""
+    mend = "say which with --model DiT-Ti/2 or --model SiT-Ti/2"
+    for name, path, message in [
+        ("SiT-Ti/2", "000-SiT/DiT-XL-2-256x256.pt", r"is a DiT by its file name, a SiT by its unused channels"),
+        ("DiT-Ti/2", "000-SiT-S-2/0400000.pt", r"is a SiT by its folder's name, a DiT by its unused channels"),
+    ]:
+        path = saved({"ema": networks[name].state_dict(), "args": argparse.Namespace(lr=1)}, folder / path)
+        with pytest.raises(ValueError, match=f"{path.name} {message}: {mend}"):
+            read_checkpoint(path)
+        assert read_checkpoint(path, model=name).model == name
+    fresh = create_model("SiT-Ti/2").state_dict()
+    assert recognise(fresh, Path("/x/000-SiT-S-2/0400000.pt"))[1] == "its folder's name"
+
+
+def test_mend_for_sizes_that_have_no_name():
+    with torch.device("meta"):
+        state = create_model("SiT-S/2", learn_sigma=False, width=128, num_heads=2).state_dict()
+    with pytest.raises(ValueError, match=r"rename the file so that its own name says DiT or SiT$"):
+        recognise(state, Path("/x/y/a.pt"))
+    assert name_of(recognise(state, Path("/x/y/sit.pt"))[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -183,6 +213,28 @@ def test_scripts_pass_the_name_on(folder, fails):
     assert "--budget-gmac 1.0 is out of reach" in fails(calibrate_switch.main, *common, "--model", "SiT-Ti/2")
 
 
+@pytest.mark.parametrize(
+    "held, asked, settings, message",
+    [
+        ("MDTv2-S/2", "MDTv2-S/2", {"decode_layer": 6}, r"--decode-layer 4: .*a\.pt has 6; give the same"),
+        ("SiT-Ti/2", "SiT-Ti/2", {"mediator_num": 4}, r"--mediator-num \(none\): .*a\.pt has 4; give the same"),
+        ("SiT-Ti/2", "SiT-Ti/2 M=4", {"mediator_num": 4, "mediator_layers": 2}, r"--mediator-layers 4: .*a\.pt has 2; give"),
+        ("SiT-Ti/2", "SiT-Ti/2 M=4", {"mediator_num": 4, "mediator_layers": 4}, None),
+        ("DiT-S/8", "DiT-S/4", {}, r"a\.pt holds DiT-S/8, not DiT-S/4"),
+    ],
+)
+def test_a_warm_start_from_another_model(folder, held, asked, settings, message):
+    """Ended with the differences of keys and shapes."""
+    asked, _, number = asked.partition(" M=")
+    fresh = create_model(asked, **({"mediator_num": int(number)} if number else {}))
+    content = {"ema": create_model(held, **settings).state_dict(), "args": argparse.Namespace(model=held)}
+    path = saved(content, folder / "a.pt")
+    args = argparse.Namespace(init_from=str(path), model=asked)
+    facts = SimpleNamespace(facts={"name": "gaussian"})
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        start_weights(args, fresh, None, facts, required=False)
+
+
 def test_wrong_name_of_an_unnamed_sit(folder):
     model = create_model("SiT-Ti/2", width=16, num_heads=2, mediator_num=4)
     checkpoint = read_checkpoint(saved(model.state_dict(), folder / "a.pt"))
@@ -195,6 +247,28 @@ def test_published_arguments_of_a_dit_are_no_transport(folder, networks):
     args = argparse.Namespace(model="DiT-Ti/2", path_type="VP")
     path = saved({"ema": networks["DiT-Ti/2"].state_dict(), "args": args}, folder / "a.pt")
     assert read_checkpoint(path).objective == {"name": "gaussian"}
+
+
+@pytest.mark.parametrize("form", [dict, lambda **flags: argparse.Namespace(**flags)])
+def test_published_arguments_of_a_sit(folder, networks, form):
+    args = form(model="SiT-Ti/2", path_type="GVP", lr=1)
+    path = saved({"ema": networks["SiT-Ti/2"].state_dict(), "args": args}, folder / "a.pt")
+    assert read_checkpoint(path).objective == {"name": "transport", "path_type": "GVP"}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"codec": 5, "class_names": 7, "objective": {"name": "flow"}},
+        {"model": "resnet", "codec": {"name": "jpeg"}},
+        {"family": ["EDT"], "class_names": ["cat"]},
+        "EDT-S/2",
+    ],
+)
+def test_another_programs_config_entry_says_nothing(folder, stated):
+    checkpoint = read_checkpoint(saved({"ema": tiny().state_dict(), "config": stated}, folder / "a.pt"))
+    assert (checkpoint.config, checkpoint.recognised_by) == (tiny().config, "keys and shapes")
+    assert (checkpoint.codec, checkpoint.class_names, checkpoint.objective) == ({}, (), {"name": "gaussian"})
 
 
 # EDT's stages
@@ -248,7 +322,9 @@ def test_weights_of_a_foreign_model(folder):
     state = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)).state_dict()
     path = saved({f"layer1.{key}": value for key, value in state.items()}, folder / "resnet.pt")
     assert len(load_checkpoint(path)) == len(state)
-    with pytest.raises(ValueError, match=r"resnet\.pt holds weights of no model known here; the models are EDT-S/2"):
+    with pytest.raises(
+        ValueError, match=r"no model known here, as layer1.0.weight, layer1.0.bias, layer1.1.weight: the models are EDT"
+    ):
         read_checkpoint(path)
 
 
@@ -290,6 +366,9 @@ def test_an_index_buffer_of_other_values(folder):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     load_weights(model, state, "a.pt")
     [key] = [key for key in state if key.startswith("de_blocks.1") and key.endswith("relative_position_index")]
+    main(["convert", str(saved(state, folder / "a.pt")), str(folder / "good.safetensors")])
     state[key][0, 1] += 1
+    with pytest.raises(ValueError, match=rf"b\.pt does not fit the model: {key} holds other values"):
+        convert(argparse.Namespace(file=saved(state, folder / "b.pt"), out=None, weights="ema", model=None))
     with pytest.raises(ValueError, match=rf"a\.pt does not fit the model: {key} holds other values"):
         load_weights(model, state, "a.pt")

@@ -14,7 +14,7 @@ from data.codec import load_codec
 from data.sources import DummySource, ImageSource, Source
 from data.store import PUBLISHED_CODEC, LatentStore
 from models import create_model
-from models.checkpoints import Checkpoint, describe, load_weights, read_checkpoint, warm_start
+from models.checkpoints import Checkpoint, check_name, describe, load_weights, read_checkpoint, warm_start
 from models.layers import compile_blocks
 from models.registry import model_config
 from models.resolution import change_resolution
@@ -32,8 +32,8 @@ from training.step import TrainingStep
 DEFAULT_IMAGE_SIZE = 256
 DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
 
-# What the result of a run depends on: these cannot change when it is resumed.
 MODEL_FLAGS = ("mediator_num", "mediator_layers", "decode_layer")  # fields of some models' configs
+# What the result of a run depends on: these cannot change when it is resumed.
 FIXED_FLAGS = (
     *MODEL_FLAGS, "seed", "global_batch_size", "num_classes", "masked", "optimizer", "weight_decay", "ema_decay",
     "label_dropout", "precision", "objective", "timestep_sampler", "min_snr_gamma", "path_type", "prediction",
@@ -155,19 +155,31 @@ def start_weights(args: Namespace, model: nn.Module, source: Source, objective: 
     if low:
         checkpoint = _raised(low, args.model, source.latent_shape[1])
     elif args.init_from:
-        checkpoint = read_checkpoint(fetch(args.init_from), model=args.model)
+        checkpoint = _read(args.init_from, args.model)
     elif required:
         raise ValueError("--resume-ckpt-low-resolution is missing: the checkpoint to start from (there is no run to resume)")
     else:
         return
     _compare_objectives(checkpoint, objective, strict=bool(low))
-    held = getattr(checkpoint.config, "mediator_num", None)
-    if held != args.mediator_num:
-        raise ValueError(
-            f"--mediator-num {args.mediator_num or '(none)'}: {checkpoint.path} has {held or 'none'}; give the same"
-        )
+    for name in MODEL_FLAGS:
+        asked, held = (_setting(config, name) for config in (model.config, checkpoint.config))
+        if asked != held:
+            flag = f"--{name.replace('_', '-')} {asked or '(none)'}"
+            raise ValueError(f"{flag}: {checkpoint.path} has {held or 'none'}; give the same")
     if not warm_start(model, checkpoint):
         note(f"{checkpoint.path} has another number of classes: the label table starts afresh")
+
+
+def _setting(config: object, name: str) -> int | None:
+    """What a model has of a flag; mediator_layers counted, for None says all of them."""
+    return getattr(config, "mediator_depth" if name == "mediator_layers" else name, None)
+
+
+def _read(path: str, model: str) -> Checkpoint:
+    """Raises ValueError where the file holds another model."""
+    checkpoint = read_checkpoint(fetch(path), model=model)
+    check_name(checkpoint, model)
+    return checkpoint
 
 
 def _compare_objectives(checkpoint: Checkpoint, objective: Objective, *, strict: bool) -> None:
@@ -184,7 +196,7 @@ def _compare_objectives(checkpoint: Checkpoint, objective: Objective, *, strict:
 
 def _raised(path: str, model: str, side: int) -> Checkpoint:
     """The checkpoint, believed to hold ``model``, for latents of that side. Raises ValueError unless it is of smaller ones."""
-    checkpoint = read_checkpoint(fetch(path), model=model)
+    checkpoint = _read(path, model)
     if checkpoint.config.input_size >= side:
         raise ValueError(
             f"--resume-ckpt-low-resolution {path} is of latents {checkpoint.config.input_size} wide, the data's are {side}: "

@@ -11,35 +11,32 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+from accelerate import init_empty_weights
 
-from models.checkpoints.build import check_name, differences, summary
+from models.checkpoints.build import check_index_buffers, check_name, fitting_network
 from models.checkpoints.diffusers_dit import is_diffusers_state
-from models.checkpoints.files import WEIGHT_KEYS, held, read_file, weights_file, write_safetensors
+from models.checkpoints.files import WEIGHT_KEYS, held, is_safetensors, read_file, weights_file, write_safetensors
 from models.checkpoints.read import Checkpoint, describe, from_content
-from models.macs import fresh_on_meta
-from models.registry import FAMILIES, model_names
+from models.registry import FAMILIES, VAE_DOWNSAMPLE, build_network, model_names
 from runtime import cli
 from runtime.fetch import fetch
 from runtime.files import atomic_file, check_writable
 
-VAE_DOWNSAMPLE = 8
 SHOWN_FIRST = ("input_size", "patch_size", "in_channels", "num_classes")  # they have their own lines
 
 
-def fitting_network(checkpoint: Checkpoint) -> nn.Module:
-    """On the meta device. Raises ValueError where the weights do not fit it."""
-    network = fresh_on_meta(checkpoint.config)
-    problems = differences(network.state_dict(), checkpoint.state)
-    if problems:
-        raise ValueError(f"{checkpoint.path} does not fit the model: {summary(problems)}")
-    return network
+def check_loads(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where loading the weights would."""
+    fitting_network(checkpoint)
+    if any(not value.is_floating_point() for value in checkpoint.state.values()):
+        with init_empty_weights():  # buffers have values, weights none
+            check_index_buffers(build_network(checkpoint.config), checkpoint.state, checkpoint.path)
 
 
 def file_kind(path: Path, content: dict) -> str:
+    form = "safetensors" if is_safetensors(path) else "PyTorch file"
     if is_diffusers_state(content):
-        return "diffusers DiT (safetensors)"
-    form = "safetensors" if path.suffix == ".safetensors" else "PyTorch file"
+        return f"diffusers DiT ({form})"
     if isinstance(content.get("config"), dict):
         return f"{form} with a config entry"
     return f"{form}, training checkpoint" if held(content) else f"{form}, bare state dict"
@@ -63,7 +60,7 @@ def report(path: Path, model: str | None) -> dict[str, object]:
         "model": checkpoint.model or "none of the registered sizes",
         "recognised by": checkpoint.recognised_by,
         "latents": f"{config.in_channels} x {config.input_size} x {config.input_size}",
-        "image size": f"{VAE_DOWNSAMPLE * config.input_size} pixels, with a VAE of {VAE_DOWNSAMPLE}",
+        "image size": _image_size(checkpoint),
         "patch size": config.patch_size,
         "channels": f"{config.in_channels} in, {config.out_channels} out",
         "classes": config.num_classes,
@@ -77,6 +74,13 @@ def report(path: Path, model: str | None) -> dict[str, object]:
         "codec": f"{codec['name']}, scale {codec.get('scale')}" if codec.get("name") else "not stated",
         "class names": len(checkpoint.class_names) or "not stated",
     }
+
+
+def _image_size(checkpoint: Checkpoint) -> str:
+    stated = checkpoint.codec.get("image_size")
+    if stated:
+        return f"{stated} pixels"
+    return f"{VAE_DOWNSAMPLE * checkpoint.config.input_size} pixels, with a VAE of {VAE_DOWNSAMPLE}"
 
 
 def _other_fields(config: object) -> dict[str, object]:
@@ -101,19 +105,31 @@ def inspect(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Raises ValueError for weights that do not fit their model, before anything is written."""
     file = weights_file(fetch(args.file))
-    checkpoint = from_content(read_file(file), file, args.weights, args.model)
+    content = read_file(file)
+    checkpoint = from_content(content, file, args.weights, args.model)
     check_name(checkpoint, args.model)
-    fitting_network(checkpoint)
+    check_loads(checkpoint)
+    which, called = (args.weights, args.weights) if held(content) else (WEIGHT_KEYS[0], "unnamed")
+    codec = _portable(checkpoint.codec)
     config = describe(
         args.model or checkpoint.model,
         checkpoint.config,
-        codec=checkpoint.codec,
+        codec=codec,
         class_names=checkpoint.class_names,
         objective=checkpoint.objective,
     )
     with atomic_file(args.out) as target:
-        write_safetensors(checkpoint.state, target, which=args.weights, config=config, step=checkpoint.step)
-    print(f"{args.out}: {args.weights} weights of {config['model'] or config['family']} ({len(checkpoint.state)} tensors)")
+        write_safetensors(checkpoint.state, target, which=which, config=config, step=checkpoint.step)
+    print(f"{args.out}: {called} weights of {config['model'] or config['family']} ({len(checkpoint.state)} tensors)")
+    if codec != checkpoint.codec:
+        print(f"{args.out} does not name its codec, {checkpoint.codec['name']}, a folder here: give --vae when sampling it")
+
+
+def _portable(codec: dict) -> dict:
+    """Without a folder's name, which another machine does not have."""
+    name = codec.get("name")
+    local = name is not None and (Path(name).is_absolute() or Path(name).is_dir())
+    return {key: value for key, value in codec.items() if key != "name" or not local}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,7 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--model", choices=model_names(), help="what it is believed to hold, for files that fit several; checked"
         )
     write.add_argument("out", type=Path, help="a .safetensors to write")
-    write.add_argument("--weights", choices=WEIGHT_KEYS, default="ema", help="which weights of the checkpoint")
+    write.add_argument("--weights", choices=WEIGHT_KEYS, default="ema", help="of a file that names its weights")
     write.add_argument("--force", action=cli.BooleanFlag, help="replace an existing file")
     args = parser.parse_args(argv)
     if args.command == "convert":

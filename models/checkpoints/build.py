@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from models.amm import AMM
 from models.checkpoints.read import Checkpoint
-from models.registry import FAMILIES, build_network, model_config, resolve_amm, same_size, size
+from models.macs import fresh_on_meta
+from models.registry import FAMILIES, VAE_DOWNSAMPLE, build_network, model_config, resolve_amm, same_size, size
 
 
 def build_model(
@@ -20,7 +21,8 @@ def build_model(
     True takes the placement published for this model and guidance scale.
     """
     check_name(checkpoint, name)
-    amm = resolve_amm(name or checkpoint.model or "this model", amm, cfg_scale, checkpoint.config.input_size)
+    amm = resolve_amm(name or checkpoint.model, amm, cfg_scale, checkpoint.config.input_size)
+    fitting_network(checkpoint)  # before memory is taken for sizes that the file states and its weights do not have
     model = build_network(checkpoint.config, amm)
     load_weights(model, checkpoint.state, checkpoint.path)
     return model.eval()
@@ -37,31 +39,56 @@ def check_name(checkpoint: Checkpoint, name: str | None) -> None:
         raise ValueError(f"{checkpoint.path} holds {held}, not {name}: leave the model's name out, or pass the right file")
 
 
+def fitting_network(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint's config, on the meta device. Raises ValueError where the weights have other shapes."""
+    try:
+        network = fresh_on_meta(checkpoint.config)
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{checkpoint.path}: no network has the sizes that it states ({reason})") from error
+    check_shapes(network, checkpoint.state, checkpoint.path)
+    return network
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
     """``load_state_dict``, strictly, with a ValueError that names the file and the first differences, or the resolutions.
 
     Index buffers must hold the values that the model computes: other ones are another network's.
     """
+    check_shapes(model, state, path)
+    check_index_buffers(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_shapes(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Raises ValueError with the resolutions, or the first differences."""
     _check_resolution(model, state, path)
     problems = differences(model.state_dict(), state)
     if problems:
         raise ValueError(f"{path} does not fit the model: {summary(problems)}")
+
+
+def check_index_buffers(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
     for key, buffer in model.named_buffers():
         if key in state and not buffer.is_floating_point() and not torch.equal(buffer.cpu(), state[key].cpu().to(buffer.dtype)):
             raise ValueError(
                 f"{path} does not fit the model: {key} holds other values than this network's, which are constants"
             )
-    model.load_state_dict(state)
 
 
 def differences(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """How the keys and shapes of a state dict differ from those of a model's, a line each."""
+    """How the keys, shapes and kinds of number of a state dict differ from those of a model's, a line each."""
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is not a weight of this model" for key in state if key not in expected]
     problems += [
         f"{key} has shape {tuple(state[key].shape)}, the model's is {tuple(value.shape)}"
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
+    ]
+    problems += [
+        f"{key} is {state[key].dtype}, the model's is {value.dtype}".replace("torch.", "")
+        for key, value in expected.items()
+        if key in state and state[key].is_floating_point() != value.is_floating_point()
     ]
     return problems
 
@@ -92,7 +119,8 @@ def _check_resolution(model: nn.Module, state: dict[str, Tensor], path: str | os
     if patches is not None and patches.shape[-1] != config.patch_size:
         return  # another model, which the shapes will tell
     held, wanted = math.isqrt(table.shape[1]) * config.patch_size, config.input_size
+    pixels, wanted_pixels = VAE_DOWNSAMPLE * held, VAE_DOWNSAMPLE * wanted
     raise ValueError(
-        f"{path} holds the position tables of latents {held} wide (with a VAE of 8: {8 * held}-pixel images), the model's are "
-        f"{wanted} wide ({8 * wanted} pixels): {FAMILIES[type(config)].other_resolution}"
+        f"{path} holds the position tables of latents {held} wide (with a VAE of {VAE_DOWNSAMPLE}: {pixels}-pixel images), "
+        f"the model's are {wanted} wide ({wanted_pixels} pixels): {FAMILIES[type(config)].other_resolution}"
     )

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -16,12 +17,21 @@ from torch import Tensor
 
 WEIGHT_KEYS = ("ema", "model")
 PIPELINE_NETWORK = "transformer"  # the folder of the network in a diffusers pipeline
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one that is there
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before every key
+DTYPES = {  # of weights and of index buffers: what the safetensors format calls them
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 def weights_file(path: str | os.PathLike) -> Path:
     """The file that holds a checkpoint's weights: ``path``, or for a diffusers pipeline or its transformer folder the
-    safetensors in it.
+    safetensors in it, else the ``.bin``.
 
     Raises FileNotFoundError, or ValueError for another folder, or for one with other weight files.
     """
@@ -31,19 +41,25 @@ def weights_file(path: str | os.PathLike) -> Path:
             raise FileNotFoundError(f"checkpoint {path} does not exist")
         return path
     folder = path / PIPELINE_NETWORK if (path / PIPELINE_NETWORK).is_dir() else path
-    file = folder / f"{DIFFUSERS_WEIGHTS}.safetensors"
-    if file.is_file():
-        return file
-    others = sorted(other.name for other in folder.glob(f"{DIFFUSERS_WEIGHTS}*"))
+    for name in DIFFUSERS_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(other.name for other in folder.glob("diffusion_pytorch_model*"))
     if others or folder != path:
         raise ValueError(
-            f"checkpoint {folder} holds {others[0] if others else 'no weights'}, not {file.name}: of a diffusers model one "
-            "whole safetensors file is read; save_pretrained(folder, max_shard_size='100GB') of diffusers writes it"
+            f"checkpoint {folder} holds {others[0] if others else 'no weights'}, not {DIFFUSERS_WEIGHTS[0]}: of a "
+            "diffusers model one whole file is read; save_pretrained(folder, max_shard_size='100GB') of diffusers writes it"
         )
     raise ValueError(
         f"checkpoint {path} is a folder: name a file in it, for a run checkpoints/latest, or a diffusers pipeline's folder, "
         f"which holds {PIPELINE_NETWORK}/"
     )
+
+
+def is_safetensors(path: Path) -> bool:
+    """By name, or by content: the length of a header, then the header, which is JSON."""
+    with open(path, "rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def read_file(path: str | os.PathLike) -> dict:
@@ -54,7 +70,7 @@ def read_file(path: str | os.PathLike) -> dict:
     """
     path = weights_file(path)
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -63,7 +79,7 @@ def read_file(path: str | os.PathLike) -> dict:
             raise
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise ValueError(f"{path} holds pickled objects other than tensors, which could run code: refused") from None
-        raise ValueError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
+        raise ValueError(f"{path} is damaged or no checkpoint ({_reason(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -82,13 +98,20 @@ def _read_safetensors(path: Path) -> dict:
 
 def write_safetensors(state: dict[str, Tensor], file: BinaryIO, *, which: str, config: dict, step: int | None) -> None:
     """What :func:`read_file` reads back. which: the name of these weights. config: of :func:`models.checkpoints.describe`."""
-    header = {"format": "pt", "weights": which, "config": json.dumps(config)}
+    about = {"format": "pt", "weights": which, "config": json.dumps(config)}
     if step is not None:
-        header["step"] = str(step)
-    # Tensors that share memory, or have gaps in it, are refused by the format. Not save_file: it makes a file of its own, which
-    # the caller's flush to disk would not reach.
-    own = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    file.write(safetensors.torch.save(own, header))
+        about["step"] = str(step)
+    header, end = {"__metadata__": about}, 0
+    keys = sorted(state, key=lambda key: (-state[key].itemsize, key))  # the widest numbers first, so that all are aligned
+    for key in keys:
+        start, end = end, end + state[key].nbytes
+        header[key] = {"dtype": DTYPES[state[key].dtype], "shape": list(state[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    # By hand: the library would hold all tensors once more in memory, and tensors that share memory, or have gaps in it, twice.
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in keys:
+        file.write(state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def weights_of(content: dict, path: str | os.PathLike, which: str) -> dict[str, Tensor]:
@@ -97,11 +120,25 @@ def weights_of(content: dict, path: str | os.PathLike, which: str) -> dict[str, 
         raise ValueError(f"which must be one of {WEIGHT_KEYS}, got {which!r}")
     found = held(content)
     if found and which not in found:
-        raise ValueError(f"{path} holds {', '.join(found)}, but no {which} weights")
+        raise ValueError(
+            f"{path} holds {', '.join(found)}, but no {which} weights: take the others with --weights {found[0]} "
+            f"(in Python which={found[0]!r})"
+        )
     state = content[which] if found else content
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict; its entries are {', '.join(list(map(str, content))[:8])}")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        _check_tensor(key, value, path)
+    return {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
+
+
+def _check_tensor(key: str, value: Tensor, path: str | os.PathLike) -> None:
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        kind = f"{'sparse' if value.layout != torch.strided else value.device.type} {kind}"
+    elif value.dtype in DTYPES:
+        return
+    raise ValueError(f"{path}: {key} is {kind}; weights are dense and float16, bfloat16, float32 or float64: convert the file")
 
 
 def held(content: dict) -> list[str]:
@@ -116,5 +153,7 @@ def _plain(text: str | None) -> object:
         return None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """A library's first line. torch's unpickler puts its reason behind a paragraph of advice to load the file unsafely."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,11 @@
 """A checkpoint's weights, and what its file says about them."""
 
-import argparse
 import dataclasses
 import json
+import math
 import os
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +13,13 @@ from torch import Tensor
 
 from models.checkpoints.diffusers_dit import is_diffusers_state, read_diffusers
 from models.checkpoints.files import read_file, weights_file, weights_of
-from models.checkpoints.recognise import recognise
+from models.checkpoints.recognise import flags_of, recognise
 from models.registry import CONFIGS, FAMILIES, model_config, name_of
 
 TRANSPORT_ARGS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # flags of the published SiT scripts
 STATED = "its config entry"
+OBJECTIVES = ("gaussian", "transport")
+CODEC_KINDS = {"name": str | None, "scale": float | None, "image_size": int | None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +72,12 @@ def from_content(content: dict, file: Path, which: str, model: str | None = None
             recognised_by="diffusers' keys",
         )
     stated = content.get("config")
-    stated = stated if isinstance(stated, dict) else {}
-    config = _stated_config(stated, file)
+    config = _stated_config(stated, state, file) if isinstance(stated, dict) else None
     if config is not None:
-        name, how = stated["model"], STATED
+        _check_stated(stated, file)
+        name, how = stated.get("model"), STATED
     else:
+        stated = {}  # another program's entry: what it calls codec or objective need not be what we do
         config, how = recognise(state, file, model=model, args=content.get("args"))
         name = name_of(config)
     return Checkpoint(
@@ -80,29 +85,64 @@ def from_content(content: dict, file: Path, which: str, model: str | None = None
         state=state,
         model=name,
         config=config,
-        codec=stated.get("codec", {}),
-        class_names=tuple(stated.get("class_names", ())),
+        codec=stated.get("codec") or {},
+        class_names=tuple(stated.get("class_names") or ()),
         objective=_objective(stated, content.get("args"), config),
-        step=content.get("step"),
+        step=content["step"] if isinstance(content.get("step"), int) else None,
         recognised_by=how,
     )
 
 
-def _stated_config(stated: dict, file: Path) -> object | None:
+def _stated_config(stated: dict, state: dict[str, Tensor], file: Path) -> object | None:
     """The config of a ``config`` entry that :func:`describe` made; None for another one."""
     name = stated.get("model")
     kinds = {family.network.__name__: kind for kind, family in FAMILIES.items()}
-    if str(name) not in CONFIGS and (name is not None or stated.get("family") not in kinds):
+    if str(name) not in CONFIGS and (name is not None or str(stated.get("family")) not in kinds):
         return None
     fields = stated.get("model_config")
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} names the model {name} but states no model_config: it was not written by this code")
+        raise _not_ours(file, f"the model {name}, but no model_config")
     try:
-        return model_config(name, **fields) if name is not None else kinds[stated["family"]](**fields)
-    except TypeError as error:
-        raise ValueError(f"{file} states a model_config that no model has ({error}): it was not written by this code") from None
+        config = model_config(name, **fields) if name is not None else kinds[stated["family"]](**fields)
+    except (TypeError, ArithmeticError) as error:
+        raise _not_ours(file, f"a model_config that no model has ({error})") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    for field_name, kind in typing.get_type_hints(type(config)).items():
+        if not _is_a(getattr(config, field_name), kind):
+            raise _not_ours(file, f"a model_config with {field_name} {getattr(config, field_name)!r}")
+    blocks = sum(config.depths) if hasattr(config, "depths") else config.depth
+    if blocks > len(state):  # building so many could take for ever
+        raise ValueError(f"{file} states {blocks} blocks in its config entry, but holds only {len(state)} tensors")
+    return config
+
+
+def _check_stated(stated: dict, file: Path) -> None:
+    """Raises ValueError for what the readers of a :class:`Checkpoint` could not use."""
+    codec, names, objective = (stated.get(key) for key in ("codec", "class_names", "objective"))
+    if codec is not None and not (_is_a(codec, dict) and all(_is_a(codec.get(key), kind) for key, kind in CODEC_KINDS.items())):
+        raise _not_ours(file, f"the codec {codec!r}")
+    if names is not None and not (_is_a(names, list | tuple) and all(_is_a(name, str) for name in names)):
+        raise _not_ours(file, "class_names that are no list of strings")
+    kind = objective.get("name") if isinstance(objective, dict) else objective
+    if objective is not None and kind not in OBJECTIVES:
+        raise _not_ours(file, f"the objective {objective!r}; they are {' and '.join(OBJECTIVES)}")
+
+
+def _is_a(value: object, kind: object) -> bool:
+    """Whether a plain value is what an annotation says; a bool is no number, and a number is finite."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return any(_is_a(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(one, typing.get_args(kind)[0]) for one in value)
+    if kind in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, kind)
+
+
+def _not_ours(file: Path, what: str) -> ValueError:
+    return ValueError(f"{file} states {what} in its config entry: it was not written by this code, or was changed since")
 
 
 def _objective(stated: dict, args: object, config: object) -> dict:
@@ -111,8 +151,8 @@ def _objective(stated: dict, args: object, config: object) -> dict:
     if objective is not None:
         return {"name": objective} if isinstance(objective, str) else objective
     objective = {"name": FAMILIES[type(config)].objective}
-    if objective["name"] == "transport" and isinstance(args, argparse.Namespace):
-        objective |= {key: value for key, value in vars(args).items() if key in TRANSPORT_ARGS}
+    if objective["name"] == "transport":
+        objective |= {key: value for key, value in flags_of(args).items() if key in TRANSPORT_ARGS}
     return objective
 
 
