@@ -5,7 +5,7 @@ python -m models [--image-size 256]
 
 from collections.abc import Iterator, Sequence
 
-from models.macs import fresh_on_meta, multiply_accumulates
+from models.macs import multiply_accumulates, trained_parameters
 from models.registry import PUBLISHED, VAE_DOWNSAMPLE, VARIANTS, model_config, model_names
 from runtime import cli
 
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except ValueError as error:
             print(f"{label:14}{error}")
             continue
-        trained = [parameter for parameter in fresh_on_meta(config).parameters() if parameter.requires_grad]
-        millions, gmac = sum(parameter.numel() for parameter in trained) / 1e6, multiply_accumulates(config) / 1e9
+        millions, gmac = trained_parameters(config) / 1e6, multiply_accumulates(config) / 1e9
         row = f"{label:14}{config.input_size:>6}^2 {millions:10.2f}{gmac:9.3f}"
         known = PUBLISHED.get(label)
         if known:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 
-from models.checkpoints.build import check_index_buffers, check_name, fitting_network
+from models.checkpoints.build import check_fit, check_index_buffers, check_name
 from models.checkpoints.diffusers_dit import is_diffusers_state
 from models.checkpoints.files import WEIGHT_KEYS, held, is_safetensors, read_file, weights_file, write_safetensors
 from models.checkpoints.read import Checkpoint, describe, from_content
+from models.macs import trained_parameters
 from models.registry import FAMILIES, VAE_DOWNSAMPLE, build_network, model_names
 from runtime import cli
 from runtime.fetch import fetch
@@ -27,7 +28,7 @@ SHOWN_FIRST = ("input_size", "patch_size", "in_channels", "num_classes")  # they
 
 def check_loads(checkpoint: Checkpoint) -> None:
     """Raises ValueError where loading the weights would."""
-    fitting_network(checkpoint)
+    check_fit(checkpoint)
     if any(not value.is_floating_point() for value in checkpoint.state.values()):
         with init_empty_weights():  # buffers have values, weights none
             check_index_buffers(build_network(checkpoint.config), checkpoint.state, checkpoint.path)
@@ -50,9 +51,8 @@ def report(path: Path, model: str | None) -> dict[str, object]:
     which = next((name for name in WEIGHT_KEYS if name in names), "ema")
     checkpoint = from_content(content, file, which, model)
     check_name(checkpoint, model)
-    network, config = fitting_network(checkpoint), checkpoint.config
-    trained = sum(weights.numel() for weights in network.parameters() if weights.requires_grad)
-    codec = checkpoint.codec
+    check_fit(checkpoint)
+    config, codec = checkpoint.config, checkpoint.codec
     return {
         "file": file,
         "kind": file_kind(file, content),
@@ -65,7 +65,7 @@ def report(path: Path, model: str | None) -> dict[str, object]:
         "channels": f"{config.in_channels} in, {config.out_channels} out",
         "classes": config.num_classes,
         **_other_fields(config),
-        "parameters": f"{trained / 1e6:.2f} M trained",
+        "parameters": f"{trained_parameters(config) / 1e6:.2f} M trained",
         "weights": ", ".join(names) or "one set, unnamed",
         "step": "not stated" if checkpoint.step is None else checkpoint.step,
         "objective": ", ".join(

@@ -22,7 +22,7 @@ def build_model(
     """
     check_name(checkpoint, name)
     amm = resolve_amm(name or checkpoint.model, amm, cfg_scale, checkpoint.config.input_size)
-    fitting_network(checkpoint)  # before memory is taken for sizes that the file states and its weights do not have
+    check_fit(checkpoint)  # before memory is taken for sizes that the file states and its weights do not have
     model = build_network(checkpoint.config, amm)
     load_weights(model, checkpoint.state, checkpoint.path)
     return model.eval()
@@ -39,15 +39,14 @@ def check_name(checkpoint: Checkpoint, name: str | None) -> None:
         raise ValueError(f"{checkpoint.path} holds {held}, not {name}: leave the model's name out, or pass the right file")
 
 
-def fitting_network(checkpoint: Checkpoint) -> nn.Module:
-    """The network of a checkpoint's config, on the meta device. Raises ValueError where the weights have other shapes."""
+def check_fit(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where the weights have other shapes than the network of the checkpoint's config; takes no memory."""
     try:
         network = fresh_on_meta(checkpoint.config)
     except (RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{checkpoint.path}: no network has the sizes that it states ({reason})") from error
     check_shapes(network, checkpoint.state, checkpoint.path)
-    return network
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
