@@ -119,7 +119,7 @@ def convert(args: argparse.Namespace) -> None:
         objective=checkpoint.objective,
     )
     with atomic_file(args.out) as target:
-        write_safetensors(checkpoint.state, target, which=which, config=config, step=checkpoint.step)
+        write_safetensors(checkpoint.state, target.name, which=which, config=config, step=checkpoint.step)
     print(f"{args.out}: {called} weights of {config['model'] or config['family']} ({len(checkpoint.state)} tensors)")
     if codec != checkpoint.codec:
         print(f"{args.out} does not name its codec, {checkpoint.codec['name']}, a folder here: give --vae when sampling it")

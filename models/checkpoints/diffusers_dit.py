@@ -1,7 +1,7 @@
 """DiTs that diffusers saved: their keys -> ours, and what the pipeline's folder says.
 
 diffusers keeps a copy of the timestep and the label embedding in every block; a DiT has one of each. diffusers' sinusoid has
-exponents over 127, where DiT, and this code, divides by 128: its own samples of the same weights differ a little.
+exponents over 127, where DiT, and this code, divides by 128: its own samples of the same weights are others.
 """
 
 import json

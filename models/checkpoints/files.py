@@ -8,25 +8,17 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHT_KEYS = ("ema", "model")
 PIPELINE_NETWORK = "transformer"  # the folder of the network in a diffusers pipeline
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one that is there
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before every key
-DTYPES = {  # of weights and of index buffers: what the safetensors format calls them
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)  # weights; index buffers
 
 
 def weights_file(path: str | os.PathLike) -> Path:
@@ -96,22 +88,29 @@ def _read_safetensors(path: Path) -> dict:
     return {which: state, "config": config} | ({"step": int(step)} if step.isdecimal() else {})
 
 
-def write_safetensors(state: dict[str, Tensor], file: BinaryIO, *, which: str, config: dict, step: int | None) -> None:
-    """What :func:`read_file` reads back. which: the name of these weights. config: of :func:`models.checkpoints.describe`."""
+def write_safetensors(state: dict[str, Tensor], path: str, *, which: str, config: dict, step: int | None) -> None:
+    """What :func:`read_file` reads back, flushed to disk. which: the name of these weights. config: of
+    :func:`models.checkpoints.describe`. Raises OSError."""
     about = {"format": "pt", "weights": which, "config": json.dumps(config)}
     if step is not None:
         about["step"] = str(step)
-    header, end = {"__metadata__": about}, 0
-    keys = sorted(state, key=lambda key: (-state[key].itemsize, key))  # the widest numbers first, so that all are aligned
-    for key in keys:
-        start, end = end, end + state[key].nbytes
-        header[key] = {"dtype": DTYPES[state[key].dtype], "shape": list(state[key].shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    # By hand: the library would hold all tensors once more in memory, and tensors that share memory, or have gaps in it, twice.
-    file.write(len(text).to_bytes(8, "little") + text)
-    for key in keys:
-        file.write(state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    try:
+        safetensors.torch.save_file(_apart(state), path, about)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    with open(path, "rb") as file:  # the library made a new file
+        os.fsync(file.fileno())
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The format takes no tensors that share memory or have gaps in it: copies of those."""
+    own, taken = {}, set()
+    for key, value in state.items():
+        memory = value.untyped_storage()
+        alone = value.is_contiguous() and memory.nbytes() == value.nbytes and memory.data_ptr() not in taken
+        own[key] = value if alone else value.clone(memory_format=torch.contiguous_format)
+        taken.add(memory.data_ptr())
+    return own
 
 
 def weights_of(content: dict, path: str | os.PathLike, which: str) -> dict[str, Tensor]:
