@@ -30,7 +30,7 @@ PUBLISHED = {
     "EDT-XL/2": Published(
         params_millions=708.44, gmac=51.83, fid50k_400k=7.52, source="EDT paper, for depths other than the code's"
     ),
-    # The DiT paper: parameters and "FLOPs" in figure 13, FID in table 4.
+    # Parameters, "FLOPs" and FID: table 4 of the DiT paper.
     "DiT-S/8": Published(params_millions=33.0, gmac=0.36, fid50k_400k=153.60, source="DiT paper"),
     "DiT-S/4": Published(params_millions=33.0, gmac=1.41, fid50k_400k=100.41, source="DiT paper"),
     "DiT-S/2": Published(params_millions=33.0, gmac=6.06, fid50k_400k=68.40, source="DiT paper"),
