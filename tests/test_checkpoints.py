@@ -3,7 +3,6 @@
 import argparse
 import os
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from models import create_model, load_checkpoint
 from models.amm import AMM
 from models.checkpoints import Checkpoint, build_model, describe, load_weights, read_checkpoint, read_file, warm_start
 from models.registry import model_config, resolve_amm
-from sampling.options import set_cfg_power
 
 TINY = {"widths": (16, 24, 32, 24, 16), "num_heads": 2, "input_size": 16, "num_classes": 10}
 CODEC = {"name": "sd-vae-ft-ema", "scale": 0.18215}
@@ -396,26 +394,3 @@ def test_precision_of_weights(weights, dtype):
     else:
         load_weights(model, state, "a.pt")
         assert torch.equal(model.state_dict()[key], torch.arange(32).float())
-
-
-# Flags of sampling
-
-
-@pytest.mark.parametrize(
-    "name, objective, cfg_scale, message",
-    [
-        ("EDT-Ti/2", "gaussian", 4.0, "--cfg-power 2 belongs to MDTv2"),
-        ("MDTv2-Ti/2", "gaussian", 1.0, "--cfg-power 2.0 means nothing to samples without guidance"),
-        ("MDTv2-Ti/2", "transport", 4.0, r"--cfg-power 2.0 means nothing to a\.pt, which is a transport"),
-        ("MDTv2-Ti/2", "gaussian", 4.0, None),
-    ],
-)
-def test_cfg_power_where_it_changes_nothing(name, objective, cfg_scale, message):
-    model, args = create_model(name), argparse.Namespace(cfg_power=2.0, cfg_scale=cfg_scale)
-    checkpoint = SimpleNamespace(path="a.pt", objective={"name": objective})
-    if message:
-        with pytest.raises(ValueError, match=message):
-            set_cfg_power(model, args, checkpoint)
-    else:
-        set_cfg_power(model, args, checkpoint)
-        assert model.cfg_power == 2.0

@@ -1,7 +1,9 @@
 """Sampling: image i depends on (seed, i) alone, and nothing made is lost or made twice."""
 
+import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from models.checkpoints import describe
 from runtime.files import SharedRows
 from sampling.generate import Guidance, generate, label_source
 from sampling.grids import draw_grid
+from sampling.options import set_cfg_power
 from sampling.samplers import GaussianSampler
 from tests.launch import run_script
 from tests.shared import grey_levels, perturb
@@ -200,3 +203,23 @@ def test_grid_places_images_row_by_row():
     assert sheet.shape == (3 * 64 + 2 * 2, 2 * 64 + 2, 3)
     assert sheet[0, 0, 0] == 10 and sheet[0, -1, 0] == 20 and sheet[70, 0, 0] == 30 and sheet[-1, 0, 0] == 50
     assert sheet[-1, -1, 0] == 255  # no sixth image
+
+
+@pytest.mark.parametrize(
+    "name, objective, cfg_scale, message",
+    [
+        ("EDT-Ti/2", "gaussian", 4.0, "--cfg-power 2 belongs to MDTv2"),
+        ("MDTv2-Ti/2", "gaussian", 1.0, "--cfg-power 2.0 means nothing to samples without guidance"),
+        ("MDTv2-Ti/2", "transport", 4.0, r"--cfg-power 2.0 means nothing to a\.pt, which is a transport"),
+        ("MDTv2-Ti/2", "gaussian", 4.0, None),
+    ],
+)
+def test_cfg_power_where_it_changes_nothing(name, objective, cfg_scale, message):
+    model, args = create_model(name), argparse.Namespace(cfg_power=2.0, cfg_scale=cfg_scale)
+    checkpoint = SimpleNamespace(path="a.pt", objective={"name": objective})
+    if message:
+        with pytest.raises(ValueError, match=message):
+            set_cfg_power(model, args, checkpoint)
+    else:
+        set_cfg_power(model, args, checkpoint)
+        assert model.cfg_power == 2.0
