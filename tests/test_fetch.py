@@ -51,7 +51,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache; nothing is remembered of earlier tests."""
+    """An empty cache; nothing is remembered of earlier tests. A cluster's proxy is not asked for this machine's files."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     module._digest.cache_clear()
     module._advise.cache_clear()

@@ -1,4 +1,4 @@
-"""MDTv2 from its description, one sample and one head at a time, on nothing but a state dict: the reference of test_mdt.py."""
+"""MDTv2 from its description, one sample and one head at a time, on nothing but a state dict: a reference for tests."""
 
 import math
 
