@@ -101,6 +101,11 @@ class EDTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def amm_blocks(self) -> range:
+        """Where AMM can be: every block."""
+        return range(sum(self.depths))
+
+    @property
     def mask_places(self) -> tuple[MaskPlace, ...]:
         """Where the masked pass drops tokens, in order: (XL: inside stage 0,) then the two DownSamples."""
         first, second = self.stages[0].grid ** 2, self.stages[1].grid ** 2
@@ -227,7 +232,7 @@ class EDT(GuidedNetwork):
         self.config = config
         stages = config.stages
         if amm:
-            amm.check(range(sum(config.depths)))
+            amm.check(config.amm_blocks)
         width = stages[0].width  # of the conditioning as well
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)

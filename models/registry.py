@@ -68,9 +68,9 @@ class Family:
     network: type[nn.Module]
     is_state: Callable[[dict], bool]
     config_from_state: Callable[[dict], object]
-    size_fields: tuple[str, ...]  # of the config: what makes a registered model another one than the next
-    objective: str  # what published checkpoints were trained for
-    other_resolution: str  # what to do about a checkpoint of another resolution
+    size_fields: tuple[str, ...] = ("depth", "width", "patch_size")  # what makes a registered model another than the next
+    objective: str = "gaussian"  # what published checkpoints were trained for
+    other_resolution: str = STAYS  # what to do about a checkpoint of another resolution
 
 
 FAMILIES = {
@@ -79,30 +79,13 @@ FAMILIES = {
         is_state=edt.is_edt_state,
         config_from_state=edt.config_from_state,
         size_fields=("widths",),
-        objective="gaussian",
-        other_resolution=STAYS,
     ),
-    DiTConfig: Family(
-        network=DiT,
-        is_state=dit.is_dit_state,
-        config_from_state=dit.config_from_state,
-        size_fields=("depth", "width", "patch_size"),
-        objective="gaussian",
-        other_resolution=STAYS,
-    ),
-    MDTConfig: Family(
-        network=MDT,
-        is_state=mdt.is_mdt_state,
-        config_from_state=mdt.config_from_state,
-        size_fields=("depth", "width", "patch_size"),
-        objective="gaussian",
-        other_resolution=STAYS,
-    ),
+    DiTConfig: Family(network=DiT, is_state=dit.is_dit_state, config_from_state=dit.config_from_state),
+    MDTConfig: Family(network=MDT, is_state=mdt.is_mdt_state, config_from_state=mdt.config_from_state),
     SiTConfig: Family(
         network=SiT,
         is_state=sit.is_sit_state,
         config_from_state=sit.config_from_state,
-        size_fields=("depth", "width", "patch_size"),
         objective="transport",
         other_resolution="to raise a SiT's resolution use attention_mediator/train_256to512.py or train_512to1024.py "
         "(--resume-ckpt-low-resolution)",

@@ -5,16 +5,15 @@ exponents over 127, where DiT, and this code, divides by 128: its own samples of
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.checkpoints.files import PIPELINE_NETWORK
+from models.checkpoints.files import PIPELINE_NETWORK, naming
 from models.dit import DiTConfig, count_blocks, usual_heads
-from models.layers import sincos_table
+from models.layers import sincos_table, sizes_from_state
 
 VAE_SCALE = 0.18215  # where an AutoencoderKL's config.json states none
 TABLE, FILE_TABLE = "pos_embed", "pos_embed.pos_embed"
@@ -66,9 +65,8 @@ def read_diffusers(state: dict[str, Tensor], file: Path) -> DiffusersDiT:
         if stated.get(key, value) != value:
             raise ValueError(f"{file}: its config.json has {key} {stated[key]}, a DiT has {value}")
     renamed = rename(state, file)
-    config = _config(renamed, stated, file)
-    if TABLE not in renamed:
-        renamed[TABLE] = sincos_table(config.width, config.grid)
+    with naming(file, "a diffusers DiT", "weights or settings of another kind"):
+        config = _config(renamed, stated)
     pipeline = file.parent.parent if file.parent.name == PIPELINE_NETWORK else None
     return DiffusersDiT(
         state=renamed,
@@ -112,49 +110,34 @@ def rename(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     return renamed
 
 
-def _config(state: dict[str, Tensor], stated: dict, file: Path) -> DiTConfig:
-    """From the shapes, of which config.json, where there is one, may say nothing else; the heads are in it alone."""
-    try:
-        width, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        found = {
-            "num_layers": count_blocks(state),
-            "in_channels": in_channels,
-            "patch_size": patch_size,
-            "out_channels": len(state["final_layer.linear.bias"]) // patch_size**2,
-            "num_embeds_ada_norm": len(state[CLASS_TABLE]) - 1,
-        }
-        if TABLE in state:
-            found["sample_size"] = math.isqrt(state[TABLE].shape[1]) * patch_size
-        heads = stated.get("num_attention_heads") or usual_heads(width)
-        if "attention_head_dim" in stated:
-            found["attention_head_dim"] = width // heads
-        _compare(found, stated)
-        side = found.get("sample_size") or stated.get("sample_size")
+def _config(state: dict[str, Tensor], stated: dict) -> DiTConfig:
+    """From the shapes, of which config.json, where there is one, may say nothing else; the heads are in it alone.
+
+    Adds the position table to the state where the file holds none.
+    """
+    stated_size = {}
+    if TABLE not in state:
+        width, _, patch_size, _ = state["x_embedder.proj.weight"].shape
+        side = stated.get("sample_size")
         if side is None:
             raise ValueError("neither it nor a config.json beside it tells the resolution (sample_size): lay config.json there")
-        return DiTConfig(
-            depth=found["num_layers"],
-            width=width,
-            num_heads=heads,
-            input_size=side,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_classes=found["num_embeds_ada_norm"],
-            learn_sigma=found["out_channels"] == 2 * in_channels,
-            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width,
-        )
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    except (LookupError, TypeError, ArithmeticError) as error:
-        raise ValueError(
-            f"{file} has the keys of a diffusers DiT, but weights or settings of another kind ({error!r})"
-        ) from error
-
-
-def _compare(found: dict, stated: dict) -> None:
+        state[TABLE] = sincos_table(width, side // patch_size)
+        stated_size["input_size"] = side  # the patches may not divide it, which the config tells
+    sizes, depth = sizes_from_state(state) | stated_size, count_blocks(state)
+    heads = stated.get("num_attention_heads") or usual_heads(sizes["width"])
+    found = {
+        "num_layers": depth,
+        "in_channels": sizes["in_channels"],
+        "patch_size": sizes["patch_size"],
+        "out_channels": len(state["final_layer.linear.bias"]) // sizes["patch_size"] ** 2,
+        "num_embeds_ada_norm": sizes["num_classes"],
+        "sample_size": sizes["input_size"],
+        "attention_head_dim": sizes["width"] // heads,
+    }
     for key, value in found.items():
         if stated.get(key) is not None and stated[key] != value:
             raise ValueError(f"its config.json says {key} {stated[key]}, its weights have {value}")
+    return DiTConfig(depth=depth, num_heads=heads, **sizes)
 
 
 def _codec(pipeline: Path) -> dict:

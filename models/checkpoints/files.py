@@ -1,12 +1,14 @@
 """The file formats: ``.pt``, and ``.safetensors`` with or without what this code writes into the header."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -143,6 +145,17 @@ def _check_tensor(key: str, value: Tensor, path: str | os.PathLike) -> None:
 def held(content: dict) -> list[str]:
     """Which weights a file names; none for a bare state dict."""
     return [key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike, keys_of: str, other: str) -> Iterator[None]:
+    """Whatever keys, shapes and settings of another network make a reader raise, as a ValueError with the path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path} has the keys of {keys_of}, but {other} ({error!r})") from error
 
 
 def _plain(text: str | None) -> object:

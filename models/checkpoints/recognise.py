@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from models.checkpoints.files import naming
 from models.registry import FAMILIES, Family, name_of
 
 KEYS_AND_SHAPES = "keys and shapes"
@@ -53,14 +54,8 @@ def flags_of(args: object) -> dict:
 
 def config_of(family: Family, state: dict[str, Tensor], path: Path) -> object:
     """Raises ValueError with the path for a state dict that is none of the family's."""
-    try:
+    with naming(path, f"a model like {family.network.__name__}", "weights of other shapes"):
         return family.config_from_state(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (LookupError, TypeError, ArithmeticError) as error:
-        raise ValueError(
-            f"{path} has the keys of a model like {family.network.__name__}, but weights of other shapes ({error!r})"
-        ) from error
 
 
 def _named(candidates: list[type], texts: Iterable[tuple[str, str]]) -> tuple[type, str] | None:
