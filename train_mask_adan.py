@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 from models.registry import model_config
 from runtime import cli
-from runtime.distributed import start
 from sampling.preview import grid_writer
 from training.options import add_training_arguments, parse_training_arguments
-from training.setup import prepare_run
+from training.setup import train
 
 XL_LR, LR = 5e-4, 1e-3  # the EDT paper's
 
@@ -31,10 +30,7 @@ def parse(argv: Sequence[str] | None):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    run = prepare_run(args, start())
-    run.train(grid_writer(args, run.train_step.ema.model, run.facts["config"], run.folder))
-    run.accelerator.end_training()
+    train(parse(argv), grid_writer)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ From an image folder (the VAE encodes on the fly) or, faster, from a store of ex
 training as train_mask_adan.py with the mediator paper's recipe: AdamW, constant learning rate 1e-4.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 try:
     from runtime import cli
-    from runtime.distributed import start
     from sampling.preview import grid_writer
     from training.options import add_training_arguments, parse_training_arguments
-    from training.setup import prepare_run
+    from training.setup import train
 except ModuleNotFoundError as error:
     if error.name not in ("runtime", "sampling", "training"):
         raise
@@ -39,14 +37,8 @@ def create_parser(description: str) -> cli.ArgumentParser:
     return parser
 
 
-def train(args: Namespace, *, needs_init: bool = False) -> None:
-    run = prepare_run(args, start(), needs_init=needs_init)
-    run.train(grid_writer(args, run.train_step.ema.model, run.facts["config"], run.folder))
-    run.accelerator.end_training()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    train(parse_training_arguments(create_parser(__doc__.split("\n")[0]), argv))
+    train(parse_training_arguments(create_parser(__doc__.split("\n")[0]), argv), grid_writer)
 
 
 if __name__ == "__main__":

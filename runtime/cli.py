@@ -9,12 +9,14 @@ import argparse
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 
-from runtime.distributed import SharedError, is_first_process, leave_group
+from runtime import watch
+from runtime.distributed import SharedError, leave_group, lost_a_process
 
 TRUE_WORDS, FALSE_WORDS = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
@@ -95,7 +97,8 @@ seed = number(int, 0, 2**63 - 1)
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Call a script's ``main`` and turn what a user can cause into one line on stderr and exit code 1.
 
-    ``TRACEBACK=1`` in the environment shows where it came from.
+    Of several processes the first one that fails tells, and the others end quietly. ``TRACEBACK=1`` in the environment shows
+    where the error came from; that of a bug is always shown.
     """
     try:
         main(None)
@@ -105,11 +108,23 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except MemoryError as error:
         _fail(f"this machine ran out of memory{': ' if str(error) else ''}{error}")
     except SharedError as error:
-        _fail(str(error), quiet=not is_first_process())
+        _fail(str(error), shared=True)
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted", code=130)
+        _fail("interrupted", code=130, shared=True)
+    except SystemExit as exit_:
+        if exit_.code:
+            watch.announce_failure()
+        raise
+    except BaseException as error:
+        if lost_a_process(error):
+            # Where the launcher is ending all processes, this one's turn comes within the second.
+            time.sleep(watch.TELL_SECONDS)
+            _fail(f"lost another process of this job (killed? out of memory?): {first_line(error).partition('. ')[0]}")
+        if not watch.announce_failure():
+            watch.end_quietly()
+        raise
 
 
 def first_line(error: Exception) -> str:
@@ -117,9 +132,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _fail(message: str, code: int = 1, quiet: bool = False) -> None:
+def _fail(message: str, code: int = 1, shared: bool = False) -> None:
+    """shared: all processes fail alike, so that the message does not say which it was."""
+    if not watch.announce_failure():
+        watch.end_quietly()
     if os.environ.get("TRACEBACK"):
         traceback.print_exc()
-    if not quiet:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {'' if shared else watch.whose()}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code)

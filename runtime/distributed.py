@@ -5,17 +5,24 @@ Every script runs as one process, under ``torchrun`` or under ``accelerate launc
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import gather_object
+from torch.distributed import PrefixStore, Store
+
+from runtime import watch
 
 T = TypeVar("T")
 GATHER_BYTES = 64 * 2**20  # what gather_rows sends at once
+JOIN_SECONDS = 1800  # torch's own patience for a process group
+LOST_WORDS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 
 
 def has_accelerator() -> bool:
@@ -28,6 +35,8 @@ def start() -> PartialState:
     Without an accelerator this asks for the CPU explicitly: otherwise accelerate under torchrun silently makes every process
     an independent copy. Raises ValueError when the launcher announced more processes than were joined.
     """
+    if not torch.distributed.is_initialized():
+        _join_group()
     state = PartialState() if has_accelerator() else PartialState(cpu=True)
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != state.num_processes:
@@ -38,11 +47,79 @@ def start() -> PartialState:
     return state
 
 
+def _join_group() -> None:
+    """Make the process group that accelerate then takes as it is, and watch the other processes through the same store.
+
+    The launcher's store outlives its restarts of the processes: what they find there must be of their own attempt.
+    """
+    rank, world = int(os.environ.get("RANK", "-1")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank < 0 or world == 1 or (has_accelerator() and not torch.cuda.is_available()):
+        watch.begin(None, 0, 1)
+        return
+    try:
+        store, rank, world = next(torch.distributed.rendezvous("env://"))
+    except torch.distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(f"the {world} processes did not meet at MASTER_ADDR:MASTER_PORT, {where}: {error}") from error
+    attempt = agree_on_attempt(PrefixStore("attempts", store), rank, world)
+    watch.begin(PrefixStore(f"{attempt}/watch", store.clone()), rank, world)
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", store=PrefixStore(attempt, store), rank=rank, world_size=world
+    )
+
+
+def agree_on_attempt(store: Store, rank: int, world: int) -> str:
+    """A name for this attempt of the job, the same in all its processes, and in none of an earlier attempt.
+
+    Whatever earlier attempts left in the store, a process takes only an answer to the name that it made up itself. The count of
+    restarts would not do: with several nodes the launcher counts them on the failing one alone.
+    """
+    mine = uuid4().hex
+    if rank > 0:
+        store.set(f"call/{rank}", mine)
+        _wait_for(lambda: store.check([f"answer/{mine}"]))
+        attempt = store.get(f"answer/{mine}").decode()
+        store.set(f"{attempt}/{rank}", "")
+        return attempt
+
+    def answer(others: list[int]) -> list[int]:
+        """Returns those that have not heard."""
+        waiting = [other for other in others if not store.check([f"{mine}/{other}"])]
+        for other in waiting:
+            if store.check([f"call/{other}"]):
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", mine)
+        return waiting
+
+    waiting = list(range(1, world))
+    _wait_for(lambda: not answer(waiting))
+    return mine
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    """In Python, so that signals are seen. Raises ValueError after JOIN_SECONDS."""
+    deadline = time.monotonic() + JOIN_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"not all of the {os.environ.get('WORLD_SIZE')} processes that the launcher announced joined within "
+                f"{JOIN_SECONDS} seconds: check the launcher on every node, and MASTER_ADDR"
+            )
+        time.sleep(0.02)
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether ``error`` is a collective's that found the connection to another process closed or gone."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_WORDS)
+    )
+
+
 def leave_group() -> None:
     """End this process's part in the process group, if it has one; all processes do so at about the same time.
 
     Left to the interpreter's exit, gloo's threads now and then abort a process that has done all its work.
     """
+    watch.end()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from data.codec import load_codec
@@ -18,20 +19,24 @@ from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transp
 CLASSES, PER_CLASS = 10, 4
 
 
-def grid_writer(args: Namespace, model: nn.Module, config: dict, folder: Path) -> Callable[[int], None] | None:
-    """A function step -> ``<folder>/samples/<step>.png``: rows are the first classes. None without ``--sample-every``, and on
-    all processes but the first.
+def grid_writer(args: Namespace, config: dict) -> Callable[[nn.Module, Path, int], None] | None:
+    """A function (average, folder, step) that draws ``<folder>/samples/<step>.png``: rows are the first classes. None without
+    ``--sample-every``, and on all processes but the first.
 
-    args: of :mod:`training.options`. model: the average. config: what its checkpoints say of it.
+    args: of :mod:`training.options`. config: what the run's checkpoints say of the model. Raises ValueError for a codec that
+    cannot be had or does not fit.
     """
     if not (args.sample_every and is_first_process()):
         return None
-    codec = load_codec(args.vae or config["codec"]["name"], next(model.parameters()).device)
+    codec = load_codec(args.vae or config["codec"]["name"], PartialState().device)
+    channels = config["model_config"]["in_channels"]
+    if codec.latent_channels != channels:
+        raise ValueError(f"--vae {codec.name} decodes latents of {codec.latent_channels} channels, the run's have {channels}")
     sampler = _sampler(config["objective"], args.sample_steps)
-    classes = range(min(model.config.num_classes, CLASSES))
+    classes = range(min(config["model_config"]["num_classes"], CLASSES))
     labels = [label for label in classes for _ in range(PER_CLASS)]
 
-    def write(step: int) -> None:
+    def write(model: nn.Module, folder: Path, step: int) -> None:
         batches = generate(
             model,
             sampler,

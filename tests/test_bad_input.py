@@ -18,7 +18,7 @@ from evaluations import evaluator
 from models import create_model
 from runtime import cli
 from tests.launch import run_script
-from tests.test_training import final_state, train_argv
+from tests.runs import final_state, train_argv
 
 
 def fails(monkeypatch, capsys, main, argv, code: int = 1) -> str:

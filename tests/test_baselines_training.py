@@ -16,9 +16,10 @@ from diffusion import create_diffusion
 from models import create_model
 from models.checkpoints import read_checkpoint
 from tests.launch import run_script
+from tests.runs import assert_same_state, final_state
 from tests.shared import perturb
 from tests.test_objective import argv, checkpoint_of
-from tests.test_training import assert_same_state, final_state, kill_after_a_checkpoint, one_step
+from tests.test_training import one_step
 from tests.written_out_mdt import WrittenOut
 from training.objective import create_objective
 from training.setup import new_model
@@ -164,14 +165,6 @@ def test_two_processes_train_as_one(latent_store, tmp_path):
 
 
 # Resume
-
-
-def test_resume_after_kill_is_bitwise_the_uninterrupted_run(latent_store, masked_run, tmp_path):
-    flags = argv(latent_store, tmp_path, MDT, "--resume", "auto")
-    kill_after_a_checkpoint(flags, tmp_path)
-    train_mask_adan.main(flags)
-    assert_same_state(final_state(tmp_path), final_state(masked_run))
-    assert records(tmp_path) == records(masked_run)
 
 
 @pytest.mark.parametrize("model, flags", [(DIT, ()), (MDT, ("--no-masked", "--weight-decay", "0.1"))])

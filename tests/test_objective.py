@@ -20,7 +20,7 @@ from runtime.draws import Purpose, normals
 from tests.launch import run_script
 from tests.shared import grey_levels
 from tests.sit_checkpoints import TRANSPORT, random_checkpoint, sample
-from tests.test_training import assert_same_state, final_state
+from tests.runs import assert_same_state, final_state
 from training.checkpoint import checkpoint_files
 
 

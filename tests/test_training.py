@@ -1,12 +1,7 @@
 """The training step, its data and the whole script: invariances and exact resume."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +15,7 @@ from diffusion.timesteps import LossSecondMomentSampler, UniformSampler
 from models import create_model
 from runtime.distributed import start_training
 from tests.launch import run_script
+from tests.runs import final_state, train_argv
 from tests.shared import perturb
 from training.checkpoint import checkpoint_files, last_run_folder, new_run_folder, save_checkpoint
 from training.data import Batches, DataOrder
@@ -59,7 +55,7 @@ def one_step(store, *, micro_batch_size: int, masked: bool = True, sampler=None,
         accelerator, wrapped, optimizer, EMA(model, 0.9), create_diffusion(min_snr_gamma=5), sampler, 3, 6, range(6),
         micro_batch_size
     )  # fmt: skip
-    sums = train_step(step, batches(step), lr=0.0)
+    sums = train_step(step, batches(step), lr=0.0).sums
     return model, batches(step), gradients, dict(zip(PARTS, sums.tolist(), strict=True)), train_step
 
 
@@ -188,30 +184,6 @@ def test_checkpoint_folder_keeps_the_newest(tmp_path):
     assert last_run_folder(tmp_path, "EDT-S/2") is None  # it has no checkpoint yet
 
 
-def train_argv(features: Path, results: Path, *extra: str) -> list[str]:
-    return [
-        "--model", "EDT-Ti/2", "--feature-path", str(features), "--results-dir", str(results), "--global-batch-size", "4",
-        "--epochs", "100", "--max-steps", "6", "--log-every", "2", "--ckpt-every", "2", *extra,
-    ]  # fmt: skip
-
-
-def final_state(results: Path) -> dict:
-    (folder,) = [path for path in results.iterdir() if path.is_dir()]
-    return torch.load(checkpoint_files(folder)[0], weights_only=True)
-
-
-def assert_same_state(a: dict, b: dict) -> None:
-    """Bitwise."""
-    assert a["step"] == b["step"] and a["sampler"] == b["sampler"]
-    for which in ("model", "ema"):
-        for key, value in a[which].items():
-            assert torch.equal(value, b[which][key]), (which, key)
-    for index, state in a["opt"]["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, b["opt"]["state"][index][key]), (index, key)
-    assert a["opt"]["param_groups"] == b["opt"]["param_groups"]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(latent_store, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("uninterrupted")
@@ -231,36 +203,6 @@ def test_training_writes_what_it_promises(uninterrupted):
     state = final_state(uninterrupted)
     assert state["config"]["model"] == "EDT-Ti/2" and state["config"]["codec"]["name"] == "pixels"
     assert state["config"]["class_names"] == ["ant", "bee", "cat"] and state["args"]["global_batch_size"] == 4
-
-
-def kill_after_a_checkpoint(argv: list[str], results: Path) -> None:
-    """kill -9 at a random moment after the first one."""
-    # Slowed down so that the kill falls inside the run, at another place each time.
-    slow = (
-        "import time, training.step as s; call = s.TrainingStep.__call__\n"
-        "def slow(self, *a): time.sleep(0.15); return call(self, *a)\n"
-        "s.TrainingStep.__call__ = slow\n"
-        f"import train_mask_adan; train_mask_adan.main({argv!r})"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-    deadline = time.monotonic() + 90
-    while not list(results.glob("*/checkpoints/*.pt")):
-        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.02)
-    time.sleep(np.random.default_rng().uniform(0, 0.4))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def test_resume_after_kill_is_bitwise_the_uninterrupted_run(latent_store, uninterrupted, tmp_path):
-    """Published training restored the optimizer only."""
-    argv = train_argv(latent_store, tmp_path, "--resume", "auto")
-    kill_after_a_checkpoint(argv, tmp_path)
-    train_mask_adan.main(argv)
-    assert_same_state(final_state(tmp_path), final_state(uninterrupted))
-    name = "000-EDT-Ti-2/metrics.jsonl"
-    assert (tmp_path / name).read_text() == (uninterrupted / name).read_text()
 
 
 def test_two_processes_train_as_one(latent_store, tmp_path):
@@ -321,51 +263,3 @@ def test_sample_every_draws_a_grid(latent_store, tmp_path):
     argv = train_argv(latent_store, tmp_path, "--max-steps", "2", "--sample-every", "1", "--sample-steps", "2")
     train_mask_adan.main(argv)
     assert sorted(path.name for path in tmp_path.glob("*/samples/*.png")) == ["0000001.png", "0000002.png"]
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(latent_store, tmp_path, monkeypatch):
-    call = TrainingStep.__call__
-
-    def poisoned(self, step, batch, lr):
-        if step == 3:
-            batch.x0[0, 0, 0, 0] = float("nan")
-        return call(self, step, batch, lr)
-
-    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
-    with pytest.raises(ValueError, match=r"not finite at or before step 4 .*0000002\.pt"):
-        train_mask_adan.main(train_argv(latent_store, tmp_path))
-    state = final_state(tmp_path)
-    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
-
-
-def test_weights_that_are_not_finite_are_not_saved(latent_store, tmp_path, monkeypatch):
-    """The losses of a step come from before its update: a step that ruins the weights was once saved as the last good one."""
-    call = TrainingStep.__call__
-
-    def ruinous(self, step, batch, lr):
-        return call(self, step, batch, float("inf") if step == 3 else lr)
-
-    monkeypatch.setattr(TrainingStep, "__call__", ruinous)
-    with pytest.raises(ValueError, match=r"weights are not finite after step 4; .*0000002\.pt"):
-        train_mask_adan.main(train_argv(latent_store, tmp_path))
-    assert final_state(tmp_path)["step"] == 2
-
-
-def test_resume_with_other_flags_is_refused(latent_store, uninterrupted, tmp_path):
-    argv = train_argv(latent_store, uninterrupted, "--resume", "auto", "--seed", "1", "--optimizer", "adamw")
-    with pytest.raises(ValueError, match="--seed 0 -> 1, --optimizer adan -> adamw"):
-        train_mask_adan.main(argv)
-
-
-def test_going_back_to_an_older_checkpoint(latent_store, uninterrupted, tmp_path):
-    """The later ones once counted as newest: the first new checkpoint was deleted at once, and ``latest`` pointed nowhere."""
-    shutil.copytree(uninterrupted, tmp_path / "runs", symlinks=True)
-    folder = tmp_path / "runs" / "000-EDT-Ti-2" / "checkpoints"
-    argv = train_argv(latent_store, tmp_path / "runs", "--resume", str(folder / "0000002.pt"), "--keep-checkpoints", "1")
-    train_mask_adan.main([*argv, "--max-steps", "4"])
-    assert (folder / "latest").resolve().name == "0000004.pt"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "0000004.pt", "0000004.pt.set-aside", "0000006.pt.set-aside", "latest",
-    ]  # fmt: skip
-    records = (folder.parent / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(record)["step"] for record in records] == [2, 4]

@@ -1,13 +1,16 @@
 """The results folder: ``<results>/<index>-<model>/checkpoints/<step>.pt``, and how a run finds its last good state."""
 
+import contextlib
 import os
 import re
+import zipfile
 from pathlib import Path
 
 from models.checkpoints import read_file
 from runtime.files import save_atomic
 
 LATEST = "latest"
+ENTRIES = ("model", "ema", "opt", "step", "config", "args", "data", "sampler", "skipped")  # without which no run goes on
 
 
 def new_run_folder(results_dir: str | os.PathLike, model_name: str) -> Path:
@@ -15,9 +18,13 @@ def new_run_folder(results_dir: str | os.PathLike, model_name: str) -> Path:
     results = Path(results_dir)
     results.mkdir(parents=True, exist_ok=True)
     taken = [int(match[1]) for path in results.iterdir() if (match := re.match(r"(\d+)-", path.name))]
-    folder = results / f"{max(taken, default=-1) + 1:03d}-{_file_name(model_name)}"
-    folder.mkdir()
-    return folder
+    index = max(taken, default=-1) + 1
+    while True:
+        folder = results / f"{index:03d}-{_file_name(model_name)}"
+        with contextlib.suppress(FileExistsError):  # another job's, made just now
+            folder.mkdir()
+            return folder
+        index += 1
 
 
 def last_run_folder(results_dir: str | os.PathLike, model_name: str) -> Path | None:
@@ -64,36 +71,69 @@ def _point_latest_to(path: Path) -> None:
     os.replace(link, path.with_name(LATEST))
 
 
-def read_resume(resume: str, results_dir: str | os.PathLike, model_name: str) -> tuple[Path, dict] | None:
-    """The run folder to continue and the content of its checkpoint.
-
-    resume: a checkpoint file of a run, a run folder, or "auto": the last run of this model in ``results_dir``, None if there
-    is none. Raises ValueError for a file that holds no whole training state.
-    """
+def run_folder_of(resume: str, results_dir: str | os.PathLike, model_name: str) -> Path | None:
+    """The run that ``--resume`` names: by one of its checkpoints, its folder, or "auto": the last run of this model in
+    ``results_dir``, None if there is none. Raises ValueError for a path that is not of a run."""
     if resume == "auto":
-        folder = last_run_folder(results_dir, model_name)
-        if folder is None:
-            return None
-        path = checkpoint_files(folder)[0]
-    else:
-        path = Path(resume)
-        if path.is_dir():
-            found = checkpoint_files(path)
-            if not found:
-                raise ValueError(f"--resume {path}: the folder holds no checkpoints/*.pt")
-            path = found[0]
-    content = read_file(path)
-    missing = [key for key in ("model", "ema", "opt", "step", "config", "args", "sampler") if key not in content]
-    if missing:
-        raise ValueError(f"--resume {path}: {', '.join(missing)} missing, a run cannot be continued from it; try --init-from")
-    if content["config"]["model"] != model_name:
-        raise ValueError(f"--resume {path} is a run of {content['config']['model']}, not of --model {model_name}")
-    path = path.resolve()
-    if path.parent.name != "checkpoints":
+        return last_run_folder(results_dir, model_name)
+    path = Path(resume)
+    if not path.exists():
+        raise ValueError(f"--resume {path} does not exist")
+    if path.is_dir():
+        if not checkpoint_files(path):
+            raise ValueError(f"--resume {path}: the folder holds no checkpoints/*.pt")
+        return path.resolve()
+    folder = path.resolve().parent
+    if folder.name != "checkpoints":
         raise ValueError(
             f"--resume {path} does not lie in a run's checkpoints folder; start a new run from it with --init-from"
         )
-    return path.parent.parent, content
+    return folder.parent
+
+
+def whole_checkpoint(resume: str, folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint of the run in ``folder`` to go on from, and what there is to say of others.
+
+    resume: the file, where it names one other than ``latest``; otherwise the newest that is whole: newer ones that are damaged
+    are renamed ``<name>.damaged``. Raises ValueError where none is left, or the named one is damaged. One process calls this
+    before others read.
+    """
+    if resume != "auto" and not Path(resume).is_dir() and Path(resume).name != LATEST:
+        check_whole(Path(resume).resolve())
+        return Path(resume).resolve(), []
+    remarks = []
+    for path in checkpoint_files(folder):
+        try:
+            check_whole(path)
+        except ValueError as error:
+            path.rename(path.with_name(path.name + ".damaged"))
+            remarks.append(f"{error}; it is set aside as {path.name}.damaged")
+            continue
+        if remarks:
+            _point_latest_to(path)
+        return path, remarks
+    raise ValueError(f"--resume {resume}: no checkpoint of {folder} is whole; {'; '.join(remarks)}")
+
+
+def check_whole(path: Path) -> None:
+    """Raises ValueError for a file whose bytes are not those that were written, or that holds no training state."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch itself does not look at the checksums
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if broken:
+        raise ValueError(f"{path} is damaged (the checksum of {broken} is wrong)")
+    content = read_file(path)
+    missing = [key for key in ENTRIES if key not in content]
+    if missing:
+        raise ValueError(f"--resume {path}: {', '.join(missing)} missing, a run cannot be continued from it; try --init-from")
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Half a checkpoint that a killed process left behind. Only for the owner of the folder."""
+    for path in (run_folder / "checkpoints").glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _file_name(model_name: str) -> str:

@@ -1,10 +1,13 @@
 """Exponential moving average of a model's weights."""
 
 import copy
+import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from models.checkpoints import load_weights
 
 
 class EMA:
@@ -23,3 +26,10 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         self._average(*self._pairs, None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load(self, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+        """Raises ValueError, naming ``path``, for weights that do not fit."""
+        load_weights(self.model, state, path)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import uuid
 from argparse import Namespace
 from pathlib import Path
@@ -17,9 +18,11 @@ METRICS = "metrics.jsonl"
 SMOOTHED_POINTS = 50  # of the moving average drawn over the raw curve
 
 
-def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace) -> None:
-    """TensorBoard always, Weights & Biases with ``--wandb``. Raises ValueError where W&B refuses."""
-    accelerator.trackers = [TensorBoardTracker("tensorboard", folder)]
+def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace, resumed_at: int | None = None) -> None:
+    """TensorBoard always, Weights & Biases with ``--wandb``. resumed_at: the step after which a resumed run goes on, which is
+    where what TensorBoard was told before ends. Raises ValueError where W&B refuses."""
+    purge = {} if resumed_at is None else {"purge_step": resumed_at + 1}
+    accelerator.trackers = [TensorBoardTracker("tensorboard", folder, **purge)]
     if args.wandb:
         project = args.wandb_project or "efficient-diffusion-transformers"
         name = args.wandb_name or folder.name
@@ -66,9 +69,17 @@ class RunLog:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
+        self._began, self._images = time.perf_counter(), 0
 
-    def write(self, step: int, metrics: dict[str, float], images_per_second: float) -> None:
-        """metrics: means since the last call. images_per_second: of all processes together."""
+    def step_done(self, num_images: int) -> None:
+        """num_images: of all processes together."""
+        self._images += num_images
+        self.bar.update()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """metrics: means since the last call, read from the device, so that the clock is read after it has done its work."""
+        images_per_second = self._images / max(time.perf_counter() - self._began, 1e-9)
+        self._began, self._images = time.perf_counter(), 0
         if not self.accelerator.is_main_process:
             return
         record = {"step": step, **metrics}
@@ -115,10 +126,10 @@ def draw_loss(history: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    steps = [record["step"] for record in history]
     for name in ("loss", "loss_plain", "loss_masked"):
-        values = [record[name] for record in history if name in record]
-        if values:
+        points = [(record["step"], record[name]) for record in history if name in record]
+        if points:
+            steps, values = zip(*points, strict=True)
             (line,) = axes.plot(steps, values, alpha=0.35, linewidth=1)
             axes.plot(steps, _moving_average(values), color=line.get_color(), label=name)
     axes.set(xlabel="step", ylabel="loss", yscale="log")

@@ -1,19 +1,20 @@
-"""The loop around the training step: schedule, logs, checkpoints, sample grids."""
+"""The loop around the training step: schedule, logs, checkpoints, sample grids, and when to leave it."""
 
-import time
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion
+from runtime.stopping import StopRequest
 from training.checkpoint import checkpoint_files, save_checkpoint, set_newer_aside
 from training.data import Batches
 from training.logging import RunLog
 from training.optim import linear_lr
-from training.step import PARTS, TrainingStep
+from training.step import PARTS, Outcome, TrainingStep
 
 DRAWS_OF_LOSS = 10  # loss.png is redrawn at every tenth log line
 
@@ -27,6 +28,7 @@ class Schedule:
     ckpt_every: int
     sample_every: int
     keep_checkpoints: int  # 0 keeps all
+    max_skipped_steps: int  # in a row
     init_lr: float
     final_lr: float
     lr_decay_steps: int  # 0: the learning rate is constant
@@ -35,13 +37,22 @@ class Schedule:
 class Run:
     """A training run in its results folder: where it stands, and how that is saved.
 
-    step: optimizer steps done. facts: entries every checkpoint carries unchanged (args, config).
+    step: steps done. skipped, skipped_in_a_row: those of them that changed nothing. facts: entries every checkpoint carries
+    unchanged (args, config, data). sample: draws a grid of samples of (average, folder, step); only the main process has one.
     """
 
-    def __init__(self, train_step: TrainingStep, batches: Batches, schedule: Schedule, folder: Path, facts: dict):
+    def __init__(
+        self,
+        train_step: TrainingStep,
+        batches: Batches,
+        schedule: Schedule,
+        folder: Path,
+        facts: dict,
+        sample: Callable[[nn.Module, Path, int], None] | None = None,
+    ):
         self.train_step, self.batches, self.schedule, self.folder, self.facts = train_step, batches, schedule, folder, facts
-        self.accelerator = train_step.accelerator
-        self.step = 0
+        self.accelerator, self.sample = train_step.accelerator, sample
+        self.step = self.skipped = self.skipped_in_a_row = 0
         # The parts of the loss, summed over this process's samples since the last log line, and the steps that went into them.
         self.sums = torch.zeros(len(PARTS), device=self.accelerator.device)
         self.summed_steps = 0
@@ -58,40 +69,60 @@ class Run:
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.summed_steps = state["step"], state["summed_steps"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         if self.accelerator.is_main_process:  # the checkpoint holds the sum over all processes
             self.sums += state["sums"].to(self.sums)
             for path in set_newer_aside(self.folder, self.step):
                 print(f"going on from step {self.step}: {path} is set aside")
 
-    def train(self, sample: Callable[[int], None] | None = None) -> None:
-        """Go on to ``max_steps``. sample(step) draws a grid of samples; it is called in the main process.
+    def train(self, stop: StopRequest) -> None:
+        """Go on to ``max_steps``, or until any process is asked to stop: then the step is finished and saved.
 
-        Raises ValueError when the loss is no longer finite; the newest checkpoint is then from before that.
+        Raises ValueError when too many steps in a row had to be skipped, or weights are not finite; the newest checkpoint is
+        then from before that.
         """
+        with contextlib.closing(RunLog(self.accelerator, self.folder, self.step, self.schedule.max_steps)) as log:
+            self._train(stop, log)
+
+    def _train(self, stop: StopRequest, log: RunLog) -> None:
         schedule = self.schedule
-        log = RunLog(self.accelerator, self.folder, self.step, schedule.max_steps)
-        began, began_step = time.perf_counter(), self.step
         for step, batch in self.batches.ahead(self.step, schedule.max_steps, in_thread=self.accelerator.device.type != "cpu"):
             lr = linear_lr(step, schedule.init_lr, schedule.final_lr, schedule.lr_decay_steps)
-            self.sums += self.train_step(step, batch, lr)
-            self.step, self.summed_steps = step + 1, self.summed_steps + 1
-            log.bar.update()
+            outcome = self.train_step(step, batch, lr, leave=lambda: stop.reason is not None)
+            self.step = step + 1
+            self._count(outcome, log)
             is_last = self.step == schedule.max_steps
             if is_last or self.step % schedule.log_every == 0:
-                means = self._means()  # waits for the device, so the clock is read after it
-                seconds = max(time.perf_counter() - began, 1e-9)
-                speed = (self.step - began_step) * self.train_step.global_batch_size / seconds
-                log.write(self.step, {**means, "lr": lr}, speed)
+                log.write(self.step, {**self._means(), "lr": lr, "skipped_steps": self.skipped})
                 self.sums, self.summed_steps = torch.zeros_like(self.sums), 0
                 if is_last or self.step % (schedule.log_every * DRAWS_OF_LOSS) == 0:
                     log.draw()
-                began, began_step = time.perf_counter(), self.step
-            if is_last or self.step % schedule.ckpt_every == 0:
+            if is_last or outcome.leave or self.step % schedule.ckpt_every == 0:
                 self._save()
-            if sample and schedule.sample_every and self.step % schedule.sample_every == 0 and self.accelerator.is_main_process:
-                sample(self.step)
-        log.message(f"done: {self.step} steps, {self.folder}")
-        log.close()
+            if outcome.leave and not is_last:
+                self._say_how_to_go_on(log, stop.reason or "another process")
+                break
+            if self.sample and schedule.sample_every and self.step % schedule.sample_every == 0:
+                self.sample(self.train_step.ema.model, self.folder, self.step)
+        else:
+            log.message(f"done: {self.step} steps, {self.folder}")
+
+    def _count(self, outcome: Outcome, log: RunLog) -> None:
+        log.step_done(self.train_step.global_batch_size)
+        if outcome.fault is None:
+            self.sums += outcome.sums
+            self.summed_steps, self.skipped_in_a_row = self.summed_steps + 1, 0
+            return
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        log.message(f"step {self.step:7d}  skipped: {outcome.fault} ({self.skipped_in_a_row} in a row, {self.skipped} in all)")
+        if self.skipped_in_a_row >= self.schedule.max_skipped_steps:
+            self._stop(f"{outcome.fault} in step {self.step}, the last of {self.skipped_in_a_row} skipped in a row")
+
+    def _say_how_to_go_on(self, log: RunLog, reason: str) -> None:
+        log.message(
+            f"stopped by {reason} after step {self.step}, all is saved: go on with the same command and "
+            f"--resume {self.folder} (or --resume auto)"
+        )
 
     def _means(self) -> dict[str, float]:
         """The parts of the loss per sample since the last log line, over all processes."""
@@ -100,24 +131,23 @@ class Run:
         absent = set() if len(self.batches.passes) == 2 else {"loss_masked"}
         if not isinstance(self.train_step.diffusion, GaussianDiffusion):
             absent |= {"mse", "vb"}
+        if not samples:
+            return {}
         return {name: total / samples for name, total in zip(PARTS, sums.tolist(), strict=True) if name not in absent}
 
     def _global_sums(self) -> Tensor:
-        sums = self.accelerator.reduce(self.sums, reduction="sum")
-        if not torch.isfinite(sums).all():
-            self._stop(f"the loss is not finite at or before step {self.step} (seen in the last {self.summed_steps} steps)")
-        return sums
+        return self.accelerator.reduce(self.sums, reduction="sum")
 
     def _stop(self, reason: str) -> None:
         good = checkpoint_files(self.folder)
         raise ValueError(
             f"{reason}; the last good checkpoint is {good[0] if good else 'none'}: "
-            "start again with --init-from it and a lower --init-lr, or --precision fp32"
+            "start again with --init-from it and a lower --init-lr, a --grad-clip, or --precision fp32"
         )
 
     def _save(self) -> None:
-        """Only a state whose losses and weights are all finite is written."""
-        sums = self._global_sums() if self.summed_steps else self.sums
+        """Only a state whose weights are all finite is written."""
+        sums = self._global_sums()
         if not all(parameter.isfinite().all() for parameter in self.train_step.model.parameters()):
             self._stop(f"the weights are not finite after step {self.step}")
         if not self.accelerator.is_main_process:
@@ -131,6 +161,8 @@ class Run:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "sums": sums.cpu(),
             "summed_steps": self.summed_steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "step": self.step,
             **self.facts,
         }

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from models import model_names
@@ -17,8 +17,17 @@ from runtime.cli import (
     probability,
     seed,
 )
+from runtime.stopping import duration
 from training.objective import add_objective_arguments, resolve_objective
 from training.optim import OPTIMIZERS
+
+
+def time_limit(text: str) -> float:
+    """An argparse type: seconds."""
+    try:
+        return duration(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
@@ -35,7 +44,17 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     run.add_argument("--results-dir", default="results", help="each run makes a folder <index>-<model> in it")
     run.add_argument("--seed", "--global-seed", type=seed, default=0, help="of weights, data order, timesteps, noise and masks")
     run.add_argument(
-        "--resume", "--ckpt", metavar="auto|PATH", help="continue: auto = the last run of this model in --results-dir, if any"
+        "--resume",
+        "--ckpt",
+        metavar="auto|PATH",
+        help="continue a run, by its folder or a checkpoint: auto = the last run of this model in --results-dir, if any",
+    )
+    run.add_argument("--allow-changed", action=BooleanFlag, help="resume although flags that change the result are others")
+    run.add_argument(
+        "--time-limit",
+        type=time_limit,
+        metavar="TIME",
+        help="save and exit 0 after it, as upon SIGTERM, SIGINT or SIGUSR1: MINUTES, MM:SS, HH:MM:SS or D-HH:MM:SS",
     )
     run.add_argument(
         "--init-from", metavar="CKPT", help="start from the EMA weights of a checkpoint (file, URL, hub id); fresh optimizer"
@@ -60,6 +79,13 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     recipe.add_argument("--final-lr", type=non_negative_float, default=5e-5, help="learning rate at --lr-decay-steps and after")
     recipe.add_argument("--lr-decay-steps", type=non_negative_int, default=400_000, help="0 = constant learning rate")
     recipe.add_argument("--weight-decay", type=non_negative_float, default=0.0)
+    recipe.add_argument("--grad-clip", type=non_negative_float, default=0.0, help="largest norm of the gradient; 0 = any")
+    recipe.add_argument(
+        "--max-skipped-steps",
+        type=positive_int,
+        default=20,
+        help="steps whose loss or gradient is not finite change nothing; after so many in a row the run stops",
+    )
     recipe.add_argument("--ema-decay", type=number(float, 0.0, 0.999999), default=0.9999)
     recipe.add_argument("--label-dropout", type=probability, default=0.1, help="probability of training without the label")
     recipe.add_argument("--masked", action=BooleanFlag, help="also predict from masked tokens in every step (EDT, MDTv2)")

@@ -1,12 +1,14 @@
 """From the flags of :mod:`training.options` to a :class:`training.loop.Run`, new, warm-started or resumed."""
 
+import contextlib
 import dataclasses
+import shutil
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -18,34 +20,55 @@ from models.checkpoints import Checkpoint, check_name, describe, load_weights, r
 from models.layers import compile_blocks
 from models.registry import model_config
 from models.resolution import change_resolution
-from runtime.distributed import check_precision, my_share, note, start_training, together
+from runtime import watch
+from runtime.distributed import check_precision, my_share, note, start, start_training, together
 from runtime.fetch import fetch
-from training.checkpoint import new_run_folder, read_resume
+from runtime.locks import folder_lock
+from runtime.stopping import StopRequest
+from training.checkpoint import new_run_folder, remove_leftovers, run_folder_of
 from training.data import Batches, DataOrder
 from training.ema import EMA
 from training.logging import open_trackers
 from training.loop import Run, Schedule
 from training.objective import Objective, create_objective
 from training.optim import create_optimizer
+from training.resume import read_state
 from training.step import TrainingStep
 
 DEFAULT_IMAGE_SIZE = 256
 DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
 
 MODEL_FLAGS = ("mediator_num", "mediator_layers", "decode_layer")  # fields of some models' configs
-# What the result of a run depends on: these cannot change when it is resumed.
-FIXED_FLAGS = (
-    *MODEL_FLAGS, "seed", "global_batch_size", "num_classes", "masked", "optimizer", "weight_decay", "ema_decay",
-    "label_dropout", "precision", "objective", "timestep_sampler", "min_snr_gamma", "path_type", "prediction",
-    "loss_weight", "train_eps",
-)  # fmt: skip
+SAVE_SECONDS = 600  # what a process whose launcher is gone has to finish a step and save
+
+GridWriter = Callable[[nn.Module, Path, int], None]  # (average, run folder, step): draws samples
 
 
-def prepare_run(args: Namespace, state: PartialState, *, needs_init: bool = False) -> Run:
-    """needs_init: a new run must not start from fresh weights.
+def train(args: Namespace, grid_writer: Callable[[Namespace, dict], GridWriter | None], *, needs_init: bool = False) -> None:
+    """A training script from its parsed flags on.
 
-    Raises ValueError for data, a model, an objective or a checkpoint that do not fit one another or the flags, and for a
-    batch that the processes cannot share."""
+    grid_writer: from the flags and the ``config`` of the run's checkpoints to what draws samples, None for no samples.
+    needs_init: a new run must not start from fresh weights. Raises ValueError as :func:`prepare_run` and :meth:`Run.train`.
+    """
+    watch.orphan_grace_seconds = SAVE_SECONDS
+    with StopRequest(args.time_limit) as stop, contextlib.ExitStack() as held:
+        run = prepare_run(args, start(), held, grid_writer, needs_init=needs_init)
+        run.train(stop)
+        run.accelerator.end_training()
+
+
+def prepare_run(
+    args: Namespace,
+    state: PartialState,
+    held: contextlib.ExitStack,
+    grid_writer: Callable[[Namespace, dict], GridWriter | None],
+    *,
+    needs_init: bool = False,
+) -> Run:
+    """held: until it is closed, the run's folder belongs to this job. The others: see :func:`train`.
+
+    Raises ValueError for data, a model, an objective or a checkpoint that do not fit one another or the flags, for a batch that
+    the processes cannot share, and for a folder that another job works in."""
     batch = args.global_batch_size
     if batch % state.num_processes:
         raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
@@ -56,19 +79,19 @@ def prepare_run(args: Namespace, state: PartialState, *, needs_init: bool = Fals
     model = new_model(args, source, num_classes, objective)
     mask_places = _mask_places(args, model)
     facts = _facts(args, model, source, objective)
-    found = find_run(args, facts)
+    with together():
+        sample = grid_writer(args, facts["config"])
+    folder, found = _resumed(args, facts, state, held)
     if found:
-        load_weights(model, found.state["model"], found.folder)
+        load_weights(model, found["model"], folder)
     else:
         start_weights(args, model, source, objective, required=needs_init)
-    # Only now, so that a mistake leaves no empty run behind.
-    folder = found.folder if found else _new_folder(args, state)
+        folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     accelerator = start_training(args.precision)
-    with together():
-        open_trackers(accelerator, folder, args)
+    _start_trackers(accelerator, folder, args, found["step"] if found else None)
     ema = EMA(model.to(accelerator.device), args.ema_decay)
     if found:
-        load_weights(ema.model, found.state["ema"], found.folder)
+        load_weights(ema.model, found["ema"], folder)
     if args.compile:
         compile_blocks(model)
     optimizer = create_optimizer(args.optimizer, model.parameters(), args.init_lr, args.weight_decay)
@@ -87,13 +110,14 @@ def prepare_run(args: Namespace, state: PartialState, *, needs_init: bool = Fals
         global_batch_size=batch,
         share=share,
         micro_batch_size=args.micro_batch_size or len(share),
+        grad_clip=args.grad_clip,
     )
     batches = Batches(
         source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
     )  # fmt: skip
-    run = Run(train_step, batches, _schedule(args, order), folder, facts)
+    run = Run(train_step, batches, _schedule(args, order), folder, facts, sample)
     if found:
-        run.restore(found.state)
+        run.restore(found)
     return run
 
 
@@ -208,39 +232,40 @@ def _raised(path: str, model: str, side: int) -> Checkpoint:
     return dataclasses.replace(checkpoint, state=state, config=config)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A run to go on with, and the content of its checkpoint."""
-
-    folder: Path
-    state: dict
-
-
-def find_run(args: Namespace, facts: dict) -> Found | None:
-    """What ``--resume`` says. Raises ValueError for a run begun otherwise."""
-    found = read_resume(args.resume, args.results_dir, args.model) if args.resume else None
-    if found is None:
-        return None
-    folder, state = found
-    pairs = [(name, state["args"][name], getattr(args, name)) for name in FIXED_FLAGS if name in state["args"]]
-    changed = [f"--{name.replace('_', '-')} {old} -> {new}" for name, old, new in pairs if old != new]
-    if changed:
-        raise ValueError(f"--resume {args.resume}: the run was begun with other flags ({', '.join(changed)}): give the same")
-    for what in ("scale", "image_size"):
-        old, new = (config["codec"].get(what) for config in (state["config"], facts["config"]))
-        if old != new:
-            raise ValueError(f"--resume {args.resume}: the run was begun on latents of {what} {old}, these have {new}")
-    return Found(folder, state)
+def _resumed(args: Namespace, facts: dict, state: PartialState, held: contextlib.ExitStack) -> tuple[Path | None, dict | None]:
+    """Folder and checkpoint of the run that ``--resume`` names, the folder locked; None for a new run."""
+    if not args.resume:
+        return None, None
+    folder = [None]
+    with together():
+        if state.is_main_process:
+            folder = [run_folder_of(args.resume, args.results_dir, args.model)]
+            if folder[0]:
+                held.enter_context(folder_lock(folder[0]))
+                remove_leftovers(folder[0])
+    folder = broadcast_object_list(folder)[0]
+    return folder, folder and read_state(args, facts, folder, state)
 
 
-def _new_folder(args: Namespace, state: PartialState) -> Path:
-    """Made by one process."""
-    state.wait_for_everyone()  # before a new folder appears that another process might take for a resumable run
+def _new_folder(args: Namespace, state: PartialState, held: contextlib.ExitStack) -> Path:
+    """Made and locked by one process."""
     folder = [None]
     with together():
         if state.is_main_process:
             folder = [new_run_folder(args.results_dir, args.model)]
-    return Path(broadcast_object_list(folder)[0])
+            held.enter_context(folder_lock(folder[0]))
+    return broadcast_object_list(folder)[0]
+
+
+def _start_trackers(accelerator: Accelerator, folder: Path, args: Namespace, resumed_at: int | None) -> None:
+    """A new folder that they refuse is removed."""
+    try:
+        with together():
+            open_trackers(accelerator, folder, args, resumed_at)
+    except (ValueError, OSError):
+        if resumed_at is None and accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _schedule(args: Namespace, order: DataOrder) -> Schedule:
@@ -251,6 +276,7 @@ def _schedule(args: Namespace, order: DataOrder) -> Schedule:
         ckpt_every=order.num_steps(args.epoch_ckpt_every) if args.epoch_ckpt_every else args.ckpt_every,
         sample_every=args.sample_every,
         keep_checkpoints=args.keep_checkpoints,
+        max_skipped_steps=args.max_skipped_steps,
         init_lr=args.init_lr,
         final_lr=args.final_lr,
         lr_decay_steps=args.lr_decay_steps,
@@ -263,5 +289,6 @@ def _facts(args: Namespace, model: nn.Module, source: Source, objective: Objecti
     class_names = tuple(source.class_names or ())
     return {
         "args": vars(args),
+        "data": {"num_images": source.num_images, "image_size": source.image_size},
         "config": describe(args.model, model.config, codec=codec, class_names=class_names, objective=objective.facts),
     }

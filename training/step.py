@@ -1,7 +1,7 @@
 """One optimizer step on the global batch: the piece that every training script shares."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,31 @@ from training.data import Batch
 from training.ema import EMA
 from training.optim import set_lr
 
-PARTS = ("loss", "mse", "vb", "loss_plain", "loss_masked")  # mse and vb: of Gaussian diffusion only
+# mse and vb: of Gaussian diffusion only. grad_norm: of the whole gradient, before it is clipped.
+PARTS = ("loss", "mse", "vb", "loss_plain", "loss_masked", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step.
+
+    sums: over this process's samples, of the unweighted :data:`PARTS`, on the device. fault: why weights, EMA and timestep
+    sampler were left as they were; None for a step that was made. leave: whether any process asks to stop. fault and leave are
+    the same in every process.
+    """
+
+    sums: Tensor
+    fault: str | None
+    leave: bool
 
 
 @dataclass
 class TrainingStep:
-    """Draw timesteps, predict, go back, update weights, EMA and the timestep sampler.
+    """Draw timesteps, predict, go back, update weights, EMA and the timestep sampler; unless loss or gradient is not finite.
 
     model and optimizer are as accelerate prepared them. share: this process's positions in the global batch. micro_batch_size:
     samples that go through the network at once (each twice with a masked pass); the gradient is that of the whole batch.
+    grad_clip: the largest norm of the gradient, a longer one is shortened to it; 0: none is.
     """
 
     accelerator: Accelerator
@@ -38,10 +54,10 @@ class TrainingStep:
     global_batch_size: int
     share: Sequence[int]
     micro_batch_size: int
+    grad_clip: float = 0.0
 
-    def __call__(self, step: int, batch: Batch, lr: float) -> Tensor:
-        """Returns the sums over this process's samples of the unweighted :data:`PARTS`, on the device: reading them waits for
-        it."""
+    def __call__(self, step: int, batch: Batch, lr: float, leave: Callable[[], bool] = lambda: False) -> Outcome:
+        """leave: whether this process asks to stop after the step; asked when the step's work is done."""
         all_t, all_weights = self._sample_timesteps(step)
         t, weights = self._own(all_t), self._own(all_weights)
         set_lr(self.optimizer, lr)
@@ -57,12 +73,46 @@ class TrainingStep:
                 self.accelerator.backward((weights[start:stop] * per_sample).sum() / len(self.share))
             losses.append(per_sample.detach())
             sums += parts.detach()
-        self.optimizer.step()
+        norm = self._gradient_norm()
+        sums[-1] = norm * len(self.share)  # as if every sample had it: their mean is the norm
+        wrong_gradient, wrong_loss, stop = self._any(~norm.isfinite(), ~sums[:-1].isfinite().all(), leave())
+        fault = self._fault(sums) if wrong_gradient or wrong_loss else None
+        if fault is None:
+            self._update(all_t, torch.cat(losses))
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # fp16: lowers the loss scale where it was too high
         self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(sums, fault, stop)
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the gradient of the global batch, which every process holds; it is clipped to ``grad_clip``."""
+        self.accelerator.unscale_gradients()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters)
+        if self.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        return norm
+
+    def _any(self, *flags: Tensor | bool) -> list[bool]:
+        """Whether any process raises each flag. Waits for the device."""
+        device = self.accelerator.device
+        votes = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+        return [vote > 0 for vote in votes.tolist()]
+
+    def _fault(self, sums: Tensor) -> str:
+        """Called by every process of a step whose loss, or gradient alone, is not finite."""
+        wrong = self.accelerator.gather((~sums[:-1].isfinite().all()).float().reshape(1)).nonzero().flatten().tolist()
+        if not wrong:
+            return "the gradient is not finite"
+        return f"the loss is not finite on process{'es' if len(wrong) > 1 else ''} {', '.join(map(str, wrong))}"
+
+    def _update(self, timesteps: np.ndarray, losses: Tensor) -> None:
+        self.optimizer.step()
         self.ema.update()
         if self.timestep_sampler.learns:
-            self._learn(all_t, torch.cat(losses))
-        return sums
+            self._learn(timesteps, losses)
 
     def _sample_timesteps(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps and importance weights of the global batch, the same in every process."""
@@ -75,7 +125,7 @@ class TrainingStep:
         return torch.from_numpy(values[self.share.start : self.share.stop]).to(self.accelerator.device)
 
     def _losses(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of every sample (b,), summed over its passes, and the sums of PARTS.
+        """The loss of every sample (b,), summed over its passes, and the sums of PARTS, 0 for grad_norm.
 
         Both passes go through the network together: its first b inputs are the unmasked, the other b the masked ones.
         """
@@ -93,7 +143,7 @@ class TrainingStep:
         by_pass = losses["loss"].view(passes, b)
         none = by_pass.new_zeros(1)
         mse, vb, masked = losses.get("mse", none), losses.get("vb", none), by_pass[1] if passes == 2 else none
-        return by_pass.sum(0), torch.stack([part.sum() for part in (by_pass, mse, vb, by_pass[0], masked)])
+        return by_pass.sum(0), torch.stack([part.sum() for part in (by_pass, mse, vb, by_pass[0], masked, none)])
 
     def _learn(self, timesteps: np.ndarray, losses: Tensor) -> None:
         """Show the timestep sampler the global batch's timesteps and losses, in its order, in every process."""

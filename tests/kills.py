@@ -1,0 +1,123 @@
+"""Scripts that are killed at any moment of their work.
+
+They run in processes forked from a server that has imported everything, so that a start costs no seconds. A moment is every
+step of a step, and before, within and after every write: ``kill -9`` at the k-th of them hits what a kill at a random time
+would hit once in thousands.
+"""
+
+import functools
+import importlib
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime import cli
+from training.ema import EMA
+from training.step import TrainingStep
+
+SCRIPTS = ("train_mask_adan", "attention_mediator.train", "extract_features", "sample_ddp", "attention_mediator.sample_ddp")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__, *SCRIPTS])
+
+
+def run(
+    script: str, argv: list[str], *, kill_at: int | None = None, prepare: Callable[[], None] | None = None
+) -> tuple[int, int]:
+    """A script's ``main`` in a process of its own: (exit code, -9 for a kill; how many moments there were).
+
+    kill_at: the number of the moment to be killed in, from 1. prepare: a function of a module, called in the process first.
+    """
+    moments = _context.Value("i", 0)
+    process = _context.Process(target=_child, args=(script, list(map(str, argv)), kill_at, moments, prepare))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{script} {' '.join(map(str, argv))} hangs")
+    return process.exitcode, moments.value
+
+
+def run_with_kills(script: str, argv: list[str], num_kills: int, seed: int, longest: int) -> int:
+    """Start a script again and again, killed in one of its first ``longest`` moments, at last to its end; the kills made."""
+    draw, kills = np.random.default_rng(seed), 0
+    for _ in range(num_kills):
+        code, _ = run(script, argv, kill_at=int(draw.integers(1, longest + 1)))
+        assert code in (0, -signal.SIGKILL), f"{script} ended with exit code {code} after {kills} kills"
+        kills += code != 0
+    code, _ = run(script, argv)
+    assert code == 0, f"{script} ended with exit code {code} after {kills} kills"
+    return kills
+
+
+def _child(script: str, argv: list[str], kill_at: int | None, moments, prepare: Callable[[], None] | None) -> None:
+    os.chdir(Path(__file__).resolve().parent.parent)
+    torch.set_num_threads(1)
+    sys.argv = [script]
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    if not os.environ.get("SHOW_KILLED"):
+        os.dup2(null, 2)
+    if prepare:
+        prepare()
+    _watch_moments(kill_at, moments)
+    cli.run(lambda _: importlib.import_module(script).main(argv))
+
+
+def _watch_moments(kill_at: int | None, moments) -> None:
+    def moment() -> None:
+        moments.value += 1
+        if moments.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for owner, names in (
+        (os, ("replace", "rename", "unlink", "symlink", "fsync", "mkdir")),
+        (TrainingStep, ("_losses", "_update")),
+        (EMA, ("update",)),
+    ):
+        for name in names:
+            setattr(owner, name, _around(getattr(owner, name), moment))
+    os.write, os.pwrite = _in_halves(os.write, moment), _in_halves(os.pwrite, moment)
+    torch.save = functools.partial(_save_in_halves, torch.save, moment)
+
+
+def _around(call: Callable, moment: Callable[[], None]) -> Callable:
+    @functools.wraps(call)
+    def watched(*args, **kwargs):
+        moment()
+        result = call(*args, **kwargs)
+        moment()
+        return result
+
+    return watched
+
+
+def _in_halves(write: Callable, moment: Callable[[], None]) -> Callable:
+    """os.write or os.pwrite; a write of a part is what the callers must expect of the system, too."""
+
+    def watched(descriptor: int, data, *offset: int) -> int:
+        data = memoryview(data).cast("B")
+        half = len(data) // 2
+        moment()
+        written = write(descriptor, data[:half], *offset) if half else 0
+        moment()
+        return written + write(descriptor, data[half:], *(start + half for start in offset))
+
+    return watched
+
+
+def _save_in_halves(save: Callable, moment: Callable[[], None], state: object, file) -> None:
+    buffer = io.BytesIO()
+    save(state, buffer)
+    data = buffer.getvalue()
+    moment()
+    file.write(data[: len(data) // 2])
+    file.flush()
+    moment()
+    file.write(data[len(data) // 2 :])
