@@ -5,13 +5,16 @@
 Run the same command again after an interruption to go on. The number of processes does not change the store.
 """
 
+import contextlib
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -20,7 +23,8 @@ from data.images import ImageFolder, load_image
 from data.store_writer import StoreWriter, describe
 from runtime import cli, distributed
 from runtime.draws import Purpose, normals
-from runtime.files import SharedRows
+from runtime.files import SharedRows, batches_to_do
+from runtime.locks import folder_lock
 
 POLL_SECONDS = 0.5
 
@@ -69,17 +73,6 @@ class ImagesToEncode(Dataset):
             return row, load_image(self.images.paths[row], self.size), None
         except ValueError as error:
             return row, None, str(error)
-
-
-def batches_to_do(progress: np.ndarray, batch_size: int) -> list[list[int]]:
-    """The batches that have missing rows, without the rows left out.
-
-    Batches are cut from the whole dataset at multiples of batch_size, whatever is done already and whichever process takes
-    them: an image is always encoded in the same company, so that its latent has the same bytes.
-    """
-    firsts = np.unique(np.flatnonzero(progress == SharedRows.MISSING) // batch_size) * batch_size
-    to_read = progress != SharedRows.LEFT_OUT
-    return [[row for row in range(first, min(first + batch_size, len(progress))) if to_read[row]] for first in firsts.tolist()]
 
 
 def encode(codec: Codec, images: torch.Tensor, rows: list[int], *, kind: str, seed: int, view: int) -> np.ndarray:
@@ -137,27 +130,31 @@ def summarise(writer: StoreWriter, images: ImageFolder, left_out: np.ndarray, se
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    images = ImageFolder(args.data_path)
     state = distributed.start()
+    with distributed.together():
+        images = ImageFolder(args.data_path)
     codec = load_codec(args.vae, state.device)
     meta = describe(images, codec, args.image_size, kind=args.store, dtype=args.dtype, flip=args.flip, seed=args.seed)
     writer = StoreWriter(args.features_path, meta)
-
-    if state.is_main_process:
-        writer.prepare(images.labels)
-    state.wait_for_everyone()
-    if writer.complete():
-        if state.is_main_process:
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            if state.is_main_process and not writer.complete():
+                held.enter_context(folder_lock(writer.path))
+                writer.prepare(images.labels)
+        state.wait_for_everyone()
+        if not writer.complete():
+            fill(writer, images, codec, state, args)
+        elif state.is_main_process:
             print(f"{writer.path} is complete already: {len(images)} images, nothing to do")
-        return
+
+
+def fill(writer: StoreWriter, images: ImageFolder, codec: Codec, state: PartialState, args: Namespace) -> None:
+    """Make every missing row, this process its share; the main process waits for all and declares the store complete."""
     progress = writer.progress()
     state.wait_for_everyone()  # all have seen the same progress before anyone adds to it, so their shares do not overlap
-
+    share = distributed.my_share(batches_to_do(progress, args.batch_size), state)
     loader = DataLoader(
-        ImagesToEncode(images, args.image_size),
-        batch_sampler=distributed.my_share(batches_to_do(progress, args.batch_size), state),
-        num_workers=args.num_workers,
-        collate_fn=list,
+        ImagesToEncode(images, args.image_size), batch_sampler=share, num_workers=args.num_workers, collate_fn=list
     )
     missing = progress == SharedRows.MISSING
     num_missing, start = int(missing.sum()), time.monotonic()
@@ -169,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         mininterval=1.0,
         file=sys.stderr,
     )
-    with writer, bar:
-        extract(loader, codec, writer, missing, bar, skip_bad=args.skip_bad)
-        # No barrier: a slow process may lag behind by more than its timeout. If one fails, the launcher ends this one too.
+    with bar:
+        if share:  # without one, the main process may have finished the store, and removed the map, before it is opened here
+            with writer:
+                extract(loader, codec, writer, missing, bar, skip_bad=args.skip_bad)
+        # No barrier: a slow process may lag behind by more than its timeout. If one fails, all end (runtime.watch).
         while state.is_main_process and show(bar, writer):
             time.sleep(POLL_SECONDS)
     if state.is_main_process:

@@ -4,6 +4,7 @@ A codec is known by its name, which travels with its scale in every latent store
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.cli import first_line
+from runtime.redact import redact
 
 PUBLISHED_ALIASES = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # as the SiT scripts say
 HUB_NAMES = {"sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse"}
@@ -145,7 +147,7 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
         raise ValueError(f"--vae {name} is a file: pass the folder that holds config.json and {WEIGHTS}.safetensors")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", hub_id):
         raise ValueError(
-            f"--vae {name}: the folder does not exist; "
+            f"--vae {redact(name)}: the folder does not exist; "
             f"pass {', '.join(HUB_NAMES)}, pixels, an existing folder or a hub id (owner/name)"
         )
     names = {hub: alias for alias, hub in HUB_NAMES.items()}
@@ -156,7 +158,7 @@ def _load_folder(folder: Path):
     try:
         config = json.loads((folder / "config.json").read_text())
         is_vae = config.get("_class_name") == "AutoencoderKL"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         is_vae = False
     if not is_vae:
         raise ValueError(
@@ -205,5 +207,6 @@ def _check_config(config: dict, source: object) -> None:
                 f"--vae {source} has {field} {config[field]}: "
                 "only autoencoders whose latents are scaled by one factor are supported"
             )
-    if not config.get("scaling_factor", 0.18215) > 0:
-        raise ValueError(f"--vae {source} has scaling_factor {config['scaling_factor']}: it must be above 0")
+    scale = config.get("scaling_factor", 0.18215)
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise ValueError(f"--vae {source} has scaling_factor {scale!r:.100}: it must be above 0")

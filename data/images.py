@@ -30,7 +30,7 @@ class ImageFolder:
             raise ValueError(f"{self.path} is not a folder: pass the folder that holds one sub-folder per class")
         extensions = image_extensions()
         with os.scandir(self.path) as entries:
-            self.class_names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            self.class_names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
         if not self.class_names:
             found = "images lie directly in it" if _has_images(self.path, extensions) else "it is empty"
             raise ValueError(
@@ -74,11 +74,18 @@ def _images_below(path: str, extensions: frozenset[str]) -> list[str]:
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                if _is_image(entry, extensions) and not entry.is_dir():
+                if _is_image(entry, extensions) and not _is_folder(entry):
                     files.append(entry.path)
-                elif not entry.name.startswith(".") and entry.is_dir():
+                elif not entry.name.startswith(".") and _is_folder(entry):
                     folders.append(entry.path)
     return files
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: an image like others, for its reader to refuse
+        return False
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -103,6 +110,8 @@ def load_image(path: str | os.PathLike, size: int) -> np.ndarray:
     Raises ValueError naming the file when it is missing, corrupt, truncated or too large.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # nobody may ever write into a pipe
+            raise ValueError("it is no file")
         with Image.open(path) as image:
             return np.array(center_crop(image, size))
     except MemoryError:

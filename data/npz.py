@@ -3,7 +3,11 @@
 An ``.npz`` is a zip whose member ``<key>.npy`` holds a header (dtype, order, shape) followed by the rows.
 """
 
+import errno
+import lzma
+import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +21,17 @@ from runtime.files import atomic_file
 
 BLOCK_BYTES = 16 * 2**20
 READ_BYTES = 2**20
+# What zipfile raises for damaged, encrypted and exotic files; its NotImplementedError is a RuntimeError.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    UnicodeDecodeError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +51,8 @@ def npz_keys(path: str | os.PathLike) -> list[str]:
 
 def npz_shape(path: str | os.PathLike, key: str) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of array ``key``, from its header alone. Raises ValueError, see :func:`read_batches`."""
-    with _open_member(path, key) as member:
-        return _read_header(member, path, key)
+    with _open_member(path, key) as (member, num_bytes):
+        return _read_header(member, num_bytes, path, key)
 
 
 def read_batches(path: str | os.PathLike, key: str, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[np.ndarray]:
@@ -47,11 +62,11 @@ def read_batches(path: str | os.PathLike, key: str, batch_size: int, rows: Seque
     ``.npz``, cut short or damaged, lacks ``key``, or when the array cannot be read by rows (a scalar, pickled objects, Fortran
     order).
     """
-    with _open_member(path, key) as member:
-        shape, dtype = _read_header(member, path, key)
+    with _open_member(path, key) as (member, num_bytes):
+        shape, dtype = _read_header(member, num_bytes, path, key)
         if not shape:
             raise ValueError(f"{path}: {key} is a single number, not an array of rows")
-        row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
         first_byte = member.tell()
         rows = range(shape[0]) if rows is None else rows
         for start in range(0, len(rows), batch_size):
@@ -68,8 +83,11 @@ def read_batches(path: str | os.PathLike, key: str, batch_size: int, rows: Seque
 
 
 def read_array(path: str | os.PathLike, key: str) -> np.ndarray:
-    """The whole array ``key``, for those that fit into memory. Raises as :func:`read_batches`."""
-    shape, dtype = npz_shape(path, key)
+    """The whole array ``key``, for those that fit into memory; a single number too. Raises as :func:`read_batches`."""
+    with _open_member(path, key) as (member, num_bytes):
+        shape, dtype = _read_header(member, num_bytes, path, key)
+        if not shape:
+            return np.frombuffer(member.read(dtype.itemsize), dtype).reshape(())
     return np.concatenate([np.empty((0, *shape[1:]), dtype), *read_batches(path, key, batch_size=4096)])
 
 
@@ -128,41 +146,52 @@ def _write_array(member: BinaryIO, array: RowBlocks, key: str) -> None:
 @contextmanager
 def _open_zip(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     """Open ``path`` and turn everything a damaged file can raise while it is read into a ValueError with its name."""
+    if os.path.exists(path) and not os.path.isfile(path):  # nobody may ever write into a pipe
+        raise ValueError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}, an .npz file is needed")
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, an .npz file is needed") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (OSError, *DAMAGE) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to where a cut file has no bytes
+            raise
         raise ValueError(f"{path} is not a whole .npz file ({error}): write or copy it again") from error
 
 
 @contextmanager
-def _open_member(path: str | os.PathLike, key: str) -> Iterator[BinaryIO]:
+def _open_member(path: str | os.PathLike, key: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The member, and how many bytes it says it has."""
     with _open_zip(path) as archive:
         names = archive.namelist()
         if f"{key}.npy" not in names:
             present = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
             raise ValueError(f"{path} has no array named {key}; it holds {present}")
         with archive.open(f"{key}.npy") as member:
-            yield member
+            yield member, archive.getinfo(f"{key}.npy").file_size
 
 
-def _read_header(member: BinaryIO, path: str | os.PathLike, key: str) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(member: BinaryIO, num_bytes: int, path: str | os.PathLike, key: str) -> tuple[tuple[int, ...], np.dtype]:
     try:
         version = np.lib.format.read_magic(member)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
             raise ValueError(f"format version {version} holds structured arrays")
         shape, fortran_order, dtype = readers[version](member)
-    except ValueError as error:
+    except DAMAGE:
+        raise
+    except Exception as error:  # the header is an expression: damaged, it raises anything from TokenError to TypeError
         raise ValueError(f"{path}: {key} has no readable header ({error})") from error
     if dtype.hasobject:
         raise ValueError(f"{path}: {key} holds pickled Python objects, which are not loaded: save it as an array of numbers")
     if fortran_order and len(shape) > 1:
         raise ValueError(f"{path}: {key} is in Fortran order and has no rows to read: save np.ascontiguousarray({key})")
+    if not dtype.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"{path}: {key} says it is {shape} {dtype}, which no array is: write it again")
+    held = num_bytes - member.tell()
+    if math.prod(shape) * dtype.itemsize > held:  # before memory is taken for what is not there
+        row = held // (math.prod(shape[1:]) * dtype.itemsize)
+        raise ValueError(f"{path}: {key} ends within row {row} of {shape[0] if shape else 1}: write it again")
     return shape, dtype
 
 

@@ -12,6 +12,7 @@ Row i is image i of the image folder. The published layout, one file per image i
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -28,8 +29,33 @@ from runtime.files import SharedRows
 FORMAT = 1
 META, LATENTS, FLIPPED, LABELS = "meta.json", "latents.npy", "latents_flipped.npy", "labels.npy"
 PUBLISHED_CODEC, PUBLISHED_SCALE, PUBLISHED_DOWNSAMPLE = "sd-vae-ft-ema", 0.18215, 8
+MOST_CLASSES = 10**6  # a label beyond it is a mistake, and would take memory
 AGAIN = "run extract_features.py again to finish"
 
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+# What meta.json must hold, and what it may: how an entry is checked, and what is said of another one.
+REQUIRED = {
+    "format": (lambda value: value == FORMAT, f", this code reads {FORMAT}"),
+    "codec": (lambda value: isinstance(value, str) and value, ": it must be a codec's name"),
+    "scale": (lambda value: type(value) in (int, float) and 0 < value < math.inf, ": it must be a number above 0"),
+    "image_size": (_is_whole, ": it must be a number of pixels"),
+    "store": (lambda value: value in ("latents", "moments"), ": it must be latents or moments"),
+    "flip": (lambda value: isinstance(value, bool), ": it must be true or false"),
+    "shape": (
+        lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_whole, value)),
+        ": it must be four sizes (N, C, S, S)",
+    ),
+}
+OPTIONAL = {
+    "class_names": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        ": it must be a list of names",
+    ),
+}
 
 LabelReader = Callable[[], np.ndarray | None]  # called once, when labels are first wanted
 
@@ -135,6 +161,8 @@ class LatentStore:
 def _checked_labels(labels: np.ndarray, path: Path, num_classes: int | None) -> np.ndarray:
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{path} holds {labels.dtype}, labels must be whole numbers: extract the store again")
+    if not labels.size:
+        raise ValueError(f"{path} holds no labels: extract the store again")
     if labels.min() < 0:
         raise ValueError(f"{path} holds the label {labels.min()}, labels must be at least 0: extract the store again")
     if num_classes is not None and labels.max() >= num_classes:
@@ -142,6 +170,8 @@ def _checked_labels(labels: np.ndarray, path: Path, num_classes: int | None) -> 
             f"{path} holds the label {labels.max()}, but {META} names {num_classes} classes (labels 0..{num_classes - 1}): "
             "extract the store again, or mend class_names"
         )
+    if labels.max() >= MOST_CLASSES:
+        raise ValueError(f"{path} holds the label {labels.max()}, labels must be below {MOST_CLASSES}: extract the store again")
     return labels.astype(np.int64)
 
 
@@ -149,15 +179,18 @@ def read_meta(path: Path) -> dict:
     """meta.json of the store at ``path``. Raises ValueError when it cannot be understood."""
     try:
         meta = json.loads((path / META).read_text())
-        missing = [key for key in ("format", "codec", "scale", "image_size", "store", "flip", "shape") if key not in meta]
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / META} cannot be read ({error}): extract the store again") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path / META} holds a {type(meta).__name__}, not a store's entries: extract the store again")
+    missing = [key for key in REQUIRED if key not in meta]
     if missing:
         raise ValueError(f"{path / META} lacks {', '.join(missing)}: extract the store again")
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{path / META} has format {meta['format']}, this code reads {FORMAT}: extract the store again")
-    if meta["store"] not in ("latents", "moments"):
-        raise ValueError(f"{path / META} has store {meta['store']!r}: it must be latents or moments")
+    for key, (holds, wanted) in {**REQUIRED, **OPTIONAL}.items():
+        if key in meta and not holds(meta[key]):
+            raise ValueError(f"{path / META} has {key} {meta[key]!r:.100}{wanted}; extract the store again")
+    if meta["store"] == "moments" and meta["shape"][1] % 2:
+        raise ValueError(f"{path / META} has moments of {meta['shape'][1]} channels, which is odd: extract the store again")
     return meta
 
 
@@ -197,7 +230,9 @@ def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: extract the store again") from None
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged header, from TokenError to a MemoryError for what it claims
         raise ValueError(f"{path} is not a whole .npy file ({error}): extract the store again") from error
 
 

@@ -1,6 +1,7 @@
 """Writing a latent store (see data.store) from any number of processes, restartable."""
 
 import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from data import store
 from data.codec import Codec
 from data.images import ImageFolder
-from runtime.files import SharedRows, atomic_file, write_json
+from runtime.files import SharedRows, atomic_file, remove_temporaries, write_json
 
 # What must be equal for an extraction to go on in a folder, and the flag that sets it.
 SETTING_FLAGS = {
@@ -60,27 +61,36 @@ class StoreWriter:
         self.arrays = [SharedRows(self.path / name, tuple(meta["shape"]), np.dtype(meta["dtype"])) for name in names]
         self._open = contextlib.ExitStack()
 
-    def prepare(self, labels: np.ndarray) -> None:
-        """Make the files, or check that those found were begun with the same settings; ValueError names those that differ."""
+    def complete(self) -> bool:
+        """Whether nothing is left to do. Raises ValueError when the folder holds anything but a store of the same settings,
+        naming those that differ."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--features-path {self.path} is a file: name a new folder")
-        if (self.path / store.META).exists():
+        if not (self.path / store.META).exists():
+            if (self.path / store.LATENTS).exists():
+                raise ValueError(
+                    f"--features-path {self.path} holds {store.LATENTS} without {store.META}: remove it or use a new folder"
+                )
+            return False
+        try:
             existing = store.read_meta(self.path)
-            self._refuse_other_settings(existing)
-            if existing.get("complete", True):
-                return
-        elif (self.path / store.LATENTS).exists():
-            raise ValueError(
-                f"--features-path {self.path} holds {store.LATENTS} without {store.META}: remove it or use a new folder"
-            )
+        except ValueError as error:
+            raise ValueError(f"--features-path: {error}; remove {self.path} first, or use a new folder") from error
+        self._refuse_other_settings(existing)
+        return bool(existing.get("complete", True))
+
+    def prepare(self, labels: np.ndarray) -> None:
+        """Make what :meth:`complete` does not find. Called while the folder is locked. Raises ValueError as that does."""
+        if self.complete():
+            return
+        remove_temporaries(self.path)
         write_json(self.meta, self.path / store.META)
+        content = io.BytesIO()  # numpy's own writing to a disk does not say why it failed
+        np.save(content, labels)
         with atomic_file(self.path / store.LABELS) as file:
-            np.save(file, labels)
+            file.write(content.getbuffer())
         for array in self.arrays:
             array.create()
-
-    def complete(self) -> bool:
-        return bool(store.read_meta(self.path).get("complete", True))
 
     def _refuse_other_settings(self, existing: dict) -> None:
         differing = [key for key in SETTING_FLAGS if existing.get(key) != self.meta[key]]
@@ -116,8 +126,8 @@ class StoreWriter:
             array.mark(row, SharedRows.LEFT_OUT)
 
     def progress(self) -> np.ndarray:
-        """SharedRows.MISSING, WRITTEN or LEFT_OUT per row, uint8 (N,)."""
-        return self.arrays[0].progress()
+        """SharedRows.MISSING, WRITTEN or LEFT_OUT per row, uint8 (N,): of the array that has least."""
+        return np.minimum.reduce([array.progress() for array in self.arrays])
 
     def finish(self) -> np.ndarray:
         """Declare the store complete; the rows that were left out. Raises ValueError when rows are missing."""

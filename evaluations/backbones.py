@@ -65,7 +65,10 @@ class TimmModel:
 
 
 class ScriptModule:
-    """A TorchScript module that takes uint8 (B, 3, H, W) and returns features (B, D). Raises ValueError where it does not."""
+    """A TorchScript module that takes uint8 (B, 3, H, W) and returns features (B, D). Raises ValueError where it does not.
+
+    TorchScript is a program: the one file here that is run, which ``--help`` says.
+    """
 
     def __init__(self, path: str, device: torch.device):
         if not Path(path).is_file():

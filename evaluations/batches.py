@@ -112,8 +112,7 @@ def carried_statistics(path: str, statistics: str, has_images: bool) -> Statisti
 
 def _owner(path: str) -> str:
     """Whose statistics a reference carries: ``features``, a text."""
-    with np.load(path) as file:
-        owner = file[FEATURES_KEY]
+    owner = read_array(path, FEATURES_KEY)
     if owner.size != 1 or owner.dtype.kind != "U":
         raise ValueError(f"{path}: {FEATURES_KEY} is {owner.shape} {owner.dtype}, it is to be one text such as 'pixels'")
     return owner.item()

@@ -54,7 +54,8 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
         default="inception",
         help="what images are compared by. inception: the FID Inception of 2015, ADM's numbers; inception-tf: its original "
         "TensorFlow graph (evaluations/requirements-tf.txt); pixels: the images in [0, 1], averaged down to 32 x 32 where "
-        "larger; timm:NAME: the pooled features of a timm model; MODULE.pt: a TorchScript module, uint8 (B, 3, H, W) -> (B, D)",
+        "larger; timm:NAME: the pooled features of a timm model; MODULE.pt: a TorchScript module, uint8 (B, 3, H, W) -> "
+        "(B, D); it is a program, which runs: pass only one you trust",
     )
     parser.add_argument(
         "--inception-weights",

@@ -187,6 +187,11 @@ def from_store(args: argparse.Namespace, state: PartialState) -> Images:
     def read(positions: Sequence[int]) -> np.ndarray:
         noise = torch.zeros(len(positions), *store.latent_shape) if store.needs_noise else None
         latents = store.rows(np.asarray(positions), noise=noise)
+        bad = ~latents.isfinite().flatten(1).all(1)
+        if bad.any():  # it would become a picture like any other
+            raise ValueError(
+                f"{args.data_path}: the latent of row {positions[int(bad.int().argmax())]} is not finite: extract it again"
+            )
         # The scale of the latents is the store's; the codec takes its own out again.
         return codec.decode(latents * (codec.scale / store.scale)).cpu().numpy()
 

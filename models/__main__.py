@@ -22,7 +22,7 @@ def rows() -> Iterator[tuple[str, str, dict]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
-        "--image-size", type=cli.positive_int, help="pixels, with a VAE of 8 (default: each model's own latents)"
+        "--image-size", type=cli.number(int, 1, 2**14), help="pixels, with a VAE of 8 (default: each model's own latents)"
     )
     args = parser.parse_args(argv)
     if args.image_size and args.image_size % VAE_DOWNSAMPLE:

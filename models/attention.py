@@ -63,7 +63,11 @@ class BiasedAttention(nn.Module):
     """What the attentions share: the linears, and a score bias that is expanded from learned tables.
 
     A subclass says which tables (:meth:`_bias_tables`) and what they expand to (:meth:`_expand_bias`).
+
+    expands_inside: expand them in forward, which then alone reads the tables; :meth:`score_bias` gives what that needs.
     """
+
+    expands_inside = False
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -81,6 +85,8 @@ class BiasedAttention(nn.Module):
         Expanded at each call where a gradient may be wanted; otherwise once, and again whenever the tables' values, device or
         the working precision have changed.
         """
+        if self.expands_inside:
+            return None
         weight, tables = self.proj.weight, self._bias_tables()
         dtype = _working_dtype(weight)
         if torch.is_grad_enabled() or any(table.is_inference() for table in tables):
@@ -94,6 +100,10 @@ class BiasedAttention(nn.Module):
         """A change of mode drops the cache: it changes AMM, and it covers writes through ``.data``, which leave no trace."""
         self._cached_bias = self._cache_key = None
         return super().train(mode)
+
+    def _expanded(self, bias: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
+        """The bias from what the caller of forward was given for it."""
+        return self._expand_bias(_working_dtype(self.proj.weight)) if self.expands_inside else bias
 
     def _bias_tables(self) -> tuple[Tensor, ...]:
         """The parameters that the bias depends on."""
@@ -147,7 +157,16 @@ class Attention(BiasedAttention):
         :meth:`RelativePositionBias.offsets`. Raises ValueError while AMM is active, which needs them all."""
         if self.amm_is_active:
             raise ValueError("AMM is active: it needs all tokens")
+        return offsets if self.expands_inside else self._expand_among(offsets)
+
+    def _expand_among(self, offsets: Tensor) -> Tensor:
         return self.rel_pos_bias.among(offsets).to(_working_dtype(self.proj.weight)).contiguous()
+
+    def _expanded(self, bias: Tensor | None) -> Tensor | None:
+        """As above; offsets stand for the bias among some tokens."""
+        if self.expands_inside and bias is not None:
+            return self._expand_among(bias)
+        return super()._expanded(bias)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned; it is an argument so that a compiled block
@@ -156,7 +175,7 @@ class Attention(BiasedAttention):
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D/H)
         if self.amm_is_active:
             k, v = torch.cat([k, k], dim=2), torch.cat([v, torch.zeros_like(v)], dim=2)
-        x = fused_attention(q, k, v, bias)
+        x = fused_attention(q, k, v, self._expanded(bias))
         if self.amm_is_active:
             x = x * self.amm_max
         return self.proj(x.transpose(1, 2).reshape(B, N, D))

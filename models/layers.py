@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import BiasedAttention
 
@@ -110,8 +111,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning: x (B, N, D), c (B, D_c) -> (B, N, D).
 
-    The modulation is in the order shift, scale, gate of the attention, then of the MLP.
+    The modulation is in the order shift, scale, gate of the attention, then of the MLP. recompute: see
+    :func:`recompute_blocks`.
     """
+
+    recompute = False
 
     def __init__(self, width: int, cond_width: int, attention: BiasedAttention, mlp_ratio: float = 4.0):
         super().__init__()
@@ -119,7 +123,13 @@ class Block(nn.Module):
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.adaLN_modulation = AdaLN(cond_width, width, 6)
 
-    def forward(self, x: Tensor, c: Tensor, bias: Tensor | tuple[Tensor, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, bias: Tensor | tuple[Tensor, ...] | None, *more: Tensor) -> Tensor:
+        """bias: what ``attn.score_bias()`` returned. more: what a subclass's :meth:`compute` takes."""
+        if self.recompute:
+            return checkpoint(self.compute, x, c, bias, *more, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, c, bias, *more)
+
+    def compute(self, x: Tensor, c: Tensor, bias: Tensor | tuple[Tensor, ...] | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attn(modulate(normalize(x), shift_a, scale_a), bias))
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(normalize(x), shift_m, scale_m)))
@@ -214,13 +224,22 @@ def sizes_from_state(state: dict[str, Tensor], first_block: str = "blocks.0") ->
     }
 
 
+def transformer_blocks(model: nn.Module) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile each transformer block: one compilation for each shape, since blocks of one shape share theirs."""
     # Stages, AMM, train and eval, and a smaller last batch each add a graph; beyond the limit blocks silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compile(dynamic=None if model.tokens_vary else False)
+    for block in transformer_blocks(model):
+        block.compile(dynamic=None if model.tokens_vary else False)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Gradient checkpointing: a transformer block keeps only its inputs for backward, and is computed again there."""
+    for block in transformer_blocks(model):
+        block.recompute = block.attn.expands_inside = True  # a bias that is expanded outside would be one of the inputs
 
 
 def init_weights(model: nn.Module, label_std: float = 0.02) -> None:

@@ -103,8 +103,8 @@ class SkipBlock(Block):
         super().__init__(width, cond_width, attention, mlp_ratio)
         self.skip_linear = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, c: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
-        return super().forward(self.skip_linear(torch.cat([x, skip], dim=2)), c, bias)
+    def compute(self, x: Tensor, c: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+        return super().compute(self.skip_linear(torch.cat([x, skip], dim=2)), c, bias)
 
 
 class MDT(GuidedNetwork):

@@ -70,7 +70,7 @@ class MediatorAttention(BiasedAttention):
         q, k, v = (
             F.linear(x, w, b) for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
         )  # (B, N, D)
-        gather_bias, read_bias = bias
+        gather_bias, read_bias = self._expanded(bias)
         mediators = self._heads(self._pool(q))  # (B, H, M, D/H)
         values = fused_attention(mediators, self._heads(k), self._heads(v), gather_bias)  # (B, H, M, D/H)
         out = fused_attention(self._heads(q), mediators, values, read_bias).transpose(1, 2).flatten(2)

@@ -138,5 +138,8 @@ def _fail(message: str, code: int = 1, shared: bool = False) -> None:
         watch.end_quietly()
     if os.environ.get("TRACEBACK"):
         traceback.print_exc()
-    print(f"error: {'' if shared else watch.whose()}{message}", file=sys.stderr, flush=True)
+    whose = watch.whose()
+    if whose:
+        print(file=sys.stderr)  # another process's progress bar may have left the line unfinished
+    print(f"error: {'' if shared else whose}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code)

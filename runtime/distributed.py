@@ -97,14 +97,15 @@ def agree_on_attempt(store: Store, rank: int, world: int) -> str:
 
 def _wait_for(condition: Callable[[], bool]) -> None:
     """In Python, so that signals are seen. Raises ValueError after JOIN_SECONDS."""
-    deadline = time.monotonic() + JOIN_SECONDS
+    deadline, pause = time.monotonic() + JOIN_SECONDS, 0.01
     while not condition():
         if time.monotonic() > deadline:
             raise ValueError(
                 f"not all of the {os.environ.get('WORLD_SIZE')} processes that the launcher announced joined within "
                 f"{JOIN_SECONDS} seconds: check the launcher on every node, and MASTER_ADDR"
             )
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)  # hundreds of processes may ask one store
 
 
 def lost_a_process(error: BaseException) -> bool:

@@ -30,6 +30,7 @@ from filelock import FileLock
 from runtime.cli import first_line
 from runtime.distributed import is_first_process, note
 from runtime.files import file_sha256
+from runtime.redact import redact
 
 SCHEMES = ("https", "http", "file")
 PARTS = ("transformer", "vae")  # of a pipeline: all that sampling needs
@@ -138,24 +139,20 @@ def _split(name: str) -> Source:
         return Source(name, None)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if not match:
-        raise ValueError(f"{_shown(address)}: write the checksum as #sha256= and its 64 hexadecimal digits, got #{fragment}")
+        raise ValueError(f"{redact(address)}: write the checksum as #sha256= and its 64 hexadecimal digits, got #{fragment}")
     return Source(address, match[1].lower())
-
-
-def _shown(url: str) -> str:
-    """For messages: without what may hold a secret, the query and a password."""
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def _local_file(source: Source) -> Path:
     """Raises ValueError for a URL of another machine's file, and for a checksum of no file."""
     parts = urllib.parse.urlsplit(source.address)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"{source.address} names the host {parts.netloc}: a local file is file:///FOLDER/FILE, three slashes")
+        raise ValueError(
+            f"{redact(source.address)} names the host {parts.hostname}: a local file is file:///FOLDER/FILE, three slashes"
+        )
     path = Path(urllib.request.url2pathname(parts.path))
     if source.sha256 and not path.is_file():
-        raise ValueError(f"{source.address}: {path} is no file, which alone has a checksum: correct the URL")
+        raise ValueError(f"{redact(source.address)}: {path} is no file, which alone has a checksum: correct the URL")
     if source.sha256 and digest(path) != source.sha256:
         raise ValueError(f"{path} has the sha256 {digest(path)}, not {source.sha256}: correct the checksum or the URL")
     return path
@@ -163,6 +160,11 @@ def _local_file(source: Source) -> Path:
 
 def _fetch_url(source: Source) -> Path:
     url = source.address
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ValueError(
+            f"{redact(url)} with a user or a password before its host is not fetched: they would stay in the shell's history; "
+            "fetch it with another program and name the file"
+        )
     file_name = re.sub(r"[^\w.-]", "_", Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name)
     # The URL's own digest first: files of one name from two places are two files.
     path = cached_path(f"{hashlib.sha256(url.encode()).hexdigest()[:32]}-{file_name[-100:]}")
@@ -174,7 +176,7 @@ def _fetch_url(source: Source) -> Path:
             if is_disk_error(error):
                 mend = "set TORCH_HOME to a writable folder with room"
             raise ValueError(
-                f"cannot download {_shown(url)} ({first_line(error)}): {mend}, or fetch it on a machine that can and "
+                f"cannot download {redact(url)} ({first_line(error)}): {mend}, or fetch it on a machine that can and "
                 "name the file"
             ) from error
     _check(path, source)
@@ -194,6 +196,8 @@ def _fetch_hub(source: Source, repo: str, revision: str | None, file: str | None
 
     if file is None and source.sha256:
         raise ValueError(f"{source.address}#sha256=...: a repository has no checksum; pin it as {repo}@REVISION")
+    if {".", ".."} & {revision, *(file or "").split("/")}:
+        raise ValueError(f"{source.address}: a path on the hub has no . and .. in it; name the file itself")
     try:
         if file is None:
             path = Path(snapshot_download(repo, revision=revision, allow_patterns=PIPELINE_FILES))
@@ -219,7 +223,7 @@ def _fetch_hub(source: Source, repo: str, revision: str | None, file: str | None
 def _check(path: Path, source: Source) -> None:
     if source.sha256 and digest(path) != source.sha256:
         raise ValueError(
-            f"{path}, the copy of {_shown(source.address)}, has the sha256 {digest(path)}, not {source.sha256}: "
+            f"{path}, the copy of {redact(source.address)}, has the sha256 {digest(path)}, not {source.sha256}: "
             "remove that file and run again, or correct the checksum"
         )
 
@@ -227,7 +231,7 @@ def _check(path: Path, source: Source) -> None:
 @functools.cache
 def _advise(url: str, path: Path) -> None:
     rest = " (and its query before the #)" if urllib.parse.urlsplit(url).query else ""
-    note(f"{_shown(url)} is not checked; pin it as {_shown(url)}#sha256={digest(path)}{rest}")
+    note(f"{redact(url)} is not checked; pin it as {redact(url)}#sha256={digest(path)}{rest}")
 
 
 def digest(path: Path) -> str:

@@ -71,7 +71,9 @@ def save_atomic(state: dict, path: str | os.PathLike) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+            # torch tells of positions in the file; what it met before was the disk's reason.
+            reason = error.__context__.strerror if isinstance(error.__context__, OSError) else str(error).splitlines()[0]
+            raise OSError(reason) from error
 
 
 def write_json(value: object, path: str | os.PathLike) -> None:

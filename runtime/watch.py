@@ -58,8 +58,10 @@ def whose() -> str:
 
 def end_quietly() -> None:
     """End this process for another has failed and tells why. Exit handlers could wait for that one."""
-    time.sleep(TELL_SECONDS)
-    os._exit(1)
+    try:
+        time.sleep(TELL_SECONDS)
+    finally:  # also where a second Ctrl-C arrives
+        os._exit(1)
 
 
 def _has_launcher() -> bool:

@@ -101,7 +101,7 @@ def label_source(spec: str, num_classes: int, seed: int, num_images: int) -> Lab
     try:
         listed = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
         listed = listed.astype(np.int64, casting="safe")
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # of a damaged file, anything from TokenError to a MemoryError for what it claims
         raise ValueError(f"--labels {spec}: not a list of whole numbers ({error})") from None
     if listed.ndim != 1 or len(listed) < num_images:
         raise ValueError(f"--labels {spec}: holds {listed.shape} labels, {num_images} are needed")

@@ -1,7 +1,9 @@
 """What the scripts that sample many images share: their flags, and the run from a pipeline to a folder."""
 
+import contextlib
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ from tqdm import tqdm
 
 from runtime.cli import ArgumentParser, BooleanFlag, positive_int
 from runtime.distributed import my_share, together
-from runtime.files import file_sha256
+from runtime.files import SharedRows, batches_to_do, file_sha256
+from runtime.locks import folder_lock
 from sampling.generate import LABEL_RULES, generate, label_source
 from sampling.options import Pipeline
 from sampling.writers import SampleFolder, Table
@@ -39,32 +42,50 @@ def sample_many(args: Namespace, pipeline: Pipeline, state: PartialState, table:
     }
     path = Path(args.sample_dir)
     folder = SampleFolder(path, args.num_fid_samples, pipeline.image_size, settings, png=args.png, table=table)
-    with together():
-        if state.is_main_process:
-            folder.prepare()
-    state.wait_for_everyone()
-    missing = folder.missing()
-    state.wait_for_everyone()  # nobody writes before everybody has seen the same list
-    mine = my_share(missing, state)
+    with contextlib.ExitStack() as held:
+        with together():
+            if state.is_main_process and not folder.packed():
+                held.enter_context(folder_lock(path))
+                folder.prepare()
+        state.wait_for_everyone()
+        progress = folder.progress()
+        state.wait_for_everyone()  # nobody writes before everybody has seen the same list
+        share = my_share(batches_to_do(progress, args.per_proc_batch_size), state)
+        if share:  # without one, the main process may have packed the files, and removed them, before they are opened here
+            _make(args, pipeline, folder, share, labels, progress == SharedRows.MISSING, show=state.is_main_process)
+        if not state.is_main_process:
+            return None
+        # No barrier: the slowest process may lag by more than its timeout. If one fails, all end (runtime.watch).
+        while not folder.complete():
+            time.sleep(POLL_SECONDS)
+        folder.finish(np.array([labels(i) for i in range(args.num_fid_samples)]))
+    return folder
+
+
+def _make(
+    args: Namespace,
+    pipeline: Pipeline,
+    folder: SampleFolder,
+    share: Sequence[list[int]],
+    labels: Callable[[int], int],
+    missing: np.ndarray,
+    *,
+    show: bool,
+) -> None:
+    """Make the batches of ``share``, all of the same size but for the last of all, and write what is ``missing``."""
+    image_ids = [image_id for batch in share for image_id in batch]
     batches = generate(
         pipeline.model,
         pipeline.sampler,
         pipeline.codec,
-        mine,
+        image_ids,
         labels=labels,
         seed=args.seed,
         guidance=pipeline.guidance,
         batch_size=args.per_proc_batch_size,
         autocast_dtype=pipeline.autocast_dtype,
     )
-    with folder, tqdm(total=len(mine), unit="image", disable=not state.is_main_process, desc="sampling") as bar:
+    with folder, tqdm(total=len(image_ids), unit="image", disable=not show, desc="sampling") as bar:
         for batch in batches:
-            folder.write(batch)
+            folder.write(batch, missing)
             bar.update(len(batch.image_ids))
-    if not state.is_main_process:
-        return None
-    # No barrier: the slowest process may lag by more than its timeout. If one fails, the launcher ends this one too.
-    while not folder.complete():
-        time.sleep(POLL_SECONDS)
-    folder.finish(np.array([labels(i) for i in range(args.num_fid_samples)]))
-    return folder

@@ -18,7 +18,7 @@ from models import model_names
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.layers import compile_blocks
 from models.registry import resolve_amm
-from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, positive_float, positive_int, seed
+from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, number, positive_float, seed
 from runtime.distributed import autocast_dtype, check_precision
 from runtime.fetch import digest, fetch
 from sampling.generate import Guidance
@@ -56,7 +56,10 @@ def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None
         "--cfg-channels", choices=("3", "all"), default="3", help="latent channels that are guided; 3 as published"
     )
     parser.add_argument(
-        "--num-sampling-steps", type=positive_int, default=250, help="of a transport: points in time, the last step not counted"
+        "--num-sampling-steps",
+        type=number(int, 1, 10**6),
+        default=250,
+        help="of a transport: points in time, the last step not counted",
     )
     parser.add_argument("--ddim", action=BooleanFlag, help="Gaussian diffusion: DDIM instead of ancestral sampling")
     parser.add_argument("--seed", "--global-seed", type=seed, default=0)

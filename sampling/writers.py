@@ -3,6 +3,7 @@ processes."""
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,25 @@ import numpy as np
 from PIL import Image
 
 from data.npz import write_npz
-from runtime.files import SharedRows, atomic_file, write_json
+from runtime.files import SharedRows, atomic_file, is_temporary, remove_temporaries, write_json
+from runtime.locks import LOCK
 from sampling.generate import Batch
 
 SETTINGS = "settings.json"
+
+
+def _png_name(image_id: int) -> str:
+    return f"{image_id:06d}.png"
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove {path.parent}, or use another --sample-dir") from error
+    return settings
 
 
 @dataclass(frozen=True)
@@ -54,56 +70,72 @@ class SampleFolder:
             self._values = SharedRows(folder / ".table.npy", (num_images, len(table.columns)), np.float64)
             self._files.insert(0, self._values)
 
-    def prepare(self) -> None:
-        """Make the folder, or recognise it as one to continue. Called by one process before the others go on.
-
-        Raises ValueError when it holds samples of other settings.
-        """
+    def packed(self) -> bool:
+        """Whether nothing is left to do. Raises ValueError when the folder holds anything but samples of the same settings."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--sample-dir {self.folder} is a file: name a folder")
         path = self.folder / SETTINGS
         if path.exists():
-            there = json.loads(path.read_text())
+            there = _read_settings(path)
             different = [key for key in sorted(there.keys() | self.settings.keys()) if there.get(key) != self.settings.get(key)]
             if different:
                 changes = ", ".join(f"{key} {there.get(key)} -> {self.settings.get(key)}" for key in different)
                 raise ValueError(f"{self.folder} holds samples of other settings ({changes}): use another --sample-dir")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(not (is_temporary(p.name) or p.name == LOCK) for p in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no samples of this script: use another --sample-dir")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.settings, path)
-        if not self.npz_path.exists():
-            for file in self._files:
-                file.create()
-        if self.png:
-            (self.folder / "png").mkdir(exist_ok=True)
+        return self.npz_path.exists() and not any(file.exists() for file in self._files)
 
-    def missing(self) -> list[int]:
-        """The images that are still to be made."""
-        if self.npz_path.exists():
-            return []
-        missing = self._images.progress() != SharedRows.WRITTEN
+    def prepare(self) -> None:
+        """Make the folder, or ready it to go on. Called by one process, which has locked the folder, before the others go on.
+
+        Raises ValueError as :meth:`packed`, and when what is there is damaged.
+        """
+        if self.packed():
+            return
+        pictures = self.folder / "png"
+        for folder in (self.folder, pictures):
+            remove_temporaries(folder)
+        write_json(self.settings, self.folder / SETTINGS)
         if self.png:
-            missing |= ~np.isin(np.arange(self.num_images), [int(path.stem) for path in (self.folder / "png").glob("*.png")])
-        return np.flatnonzero(missing).tolist()
+            pictures.mkdir(exist_ok=True)
+        if self.npz_path.exists():
+            return
+        for file in self._files:
+            file.create()
+        if self.png:
+            there = set(os.listdir(pictures))
+            with self._images as images:
+                for i in np.flatnonzero(images.progress() == SharedRows.WRITTEN).tolist():
+                    if _png_name(i) not in there:
+                        images.mark(i, SharedRows.MISSING)
+
+    def progress(self) -> np.ndarray:
+        """SharedRows.MISSING or WRITTEN per image, uint8 (N,)."""
+        if self.npz_path.exists():
+            return np.full(self.num_images, SharedRows.WRITTEN, np.uint8)
+        return np.minimum.reduce([file.progress() for file in self._files])
 
     def complete(self) -> bool:
         """Whether every image has been written, by whatever process."""
-        return self.npz_path.exists() or bool((self._images.progress() == SharedRows.WRITTEN).all())
+        return bool((self.progress() == SharedRows.WRITTEN).all())
 
     def __enter__(self) -> "SampleFolder":
         self._stack = contextlib.ExitStack()
-        if not self.npz_path.exists():
-            for file in self._files:
-                self._stack.enter_context(file)
+        for file in self._files:
+            self._stack.enter_context(file)
         return self
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: Batch, missing: np.ndarray) -> None:
+        """Write those of the batch's images that are ``missing``, bool (N,)."""
         rows = self.table.rows(batch) if self.table else None
         for k, (image_id, image) in enumerate(zip(batch.image_ids, batch.images.numpy(), strict=True)):
+            if not missing[image_id]:
+                continue
             if self.png:
-                with atomic_file(self.folder / "png" / f"{image_id:06d}.png", durable=False) as file:
+                with atomic_file(self.folder / "png" / _png_name(image_id), durable=False) as file:
                     Image.fromarray(image).save(file, format="PNG")
             if rows is not None:
                 self._values.write(image_id, rows[k])

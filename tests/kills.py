@@ -22,33 +22,55 @@ from runtime import cli
 from training.ema import EMA
 from training.step import TrainingStep
 
-SCRIPTS = ("train_mask_adan", "attention_mediator.train", "extract_features", "sample_ddp", "attention_mediator.sample_ddp")
+SCRIPTS = (
+    "train_mask_adan",
+    "extract_features",
+    "sample_ddp",
+    "attention_mediator.train",
+    "attention_mediator.train_256to512",
+    "attention_mediator.sample_ddp",
+    "time_step_wise_adjusting.sample_ddp_three",
+    "evaluations.reference",
+)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__, *SCRIPTS])
 
 
 def run(
-    script: str, argv: list[str], *, kill_at: int | None = None, prepare: Callable[[], None] | None = None
+    script: str,
+    argv: list[str],
+    *,
+    kill_at: int | None = None,
+    kill_after: float = 300,
+    prepare: Callable[[], None] | None = None,
 ) -> tuple[int, int]:
     """A script's ``main`` in a process of its own: (exit code, -9 for a kill; how many moments there were).
 
-    kill_at: the number of the moment to be killed in, from 1. prepare: a function of a module, called in the process first.
+    kill_at: the number of the moment to be killed in, from 1. kill_after: seconds after which it is killed wherever it is.
+    prepare: a function of a module, called in the process first.
     """
     moments = _context.Value("i", 0)
     process = _context.Process(target=_child, args=(script, list(map(str, argv)), kill_at, moments, prepare))
     process.start()
-    process.join(300)
+    process.join(kill_after)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"{script} {' '.join(map(str, argv))} hangs")
+        process.join()
     return process.exitcode, moments.value
 
 
-def run_with_kills(script: str, argv: list[str], num_kills: int, seed: int, longest: int) -> int:
-    """Start a script again and again, killed in one of its first ``longest`` moments, at last to its end; the kills made."""
+def run_with_kills(script: str, argv: list[str], num_kills: int, seed: int, longest: int, seconds: float = 0) -> int:
+    """Start a script again and again until it has been killed so often, then run it to its end; the number of kills, which is
+    less where it came to its end before.
+
+    Each is killed in one of its first ``longest`` moments; with ``seconds``, every second one instead within so many seconds.
+    """
     draw, kills = np.random.default_rng(seed), 0
-    for _ in range(num_kills):
-        code, _ = run(script, argv, kill_at=int(draw.integers(1, longest + 1)))
+    for k in range(num_kills):
+        if seconds and k % 2:
+            code, _ = run(script, argv, kill_after=draw.uniform(0, seconds))
+        else:
+            code, _ = run(script, argv, kill_at=int(draw.integers(1, longest + 1)))
         assert code in (0, -signal.SIGKILL), f"{script} ended with exit code {code} after {kills} kills"
         kills += code != 0
     code, _ = run(script, argv)

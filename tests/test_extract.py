@@ -18,6 +18,7 @@ from data.codec import load_codec
 from data.images import ImageFolder, load_image
 from data.store import LatentStore
 from runtime.draws import Purpose, normals
+from tests import kills
 
 ROOT = Path(__file__).resolve().parents[1]
 ARRAYS = ("latents.npy", "latents_flipped.npy", "labels.npy")
@@ -25,9 +26,12 @@ ARRAYS = ("latents.npy", "latents_flipped.npy", "labels.npy")
 
 def extract(images, store, *flags) -> LatentStore:
     """Run the script in this process; later flags win over these."""
-    common = ["--data-path", images, "--features-path", store, "--vae", "pixels", "--image-size", 16, "--num-workers", 0]
-    extract_features.main([str(flag) for flag in (*common, "--batch-size", 4, *flags)])
+    extract_features.main([str(flag) for flag in (*common_flags(images), "--features-path", store, *flags)])
     return LatentStore.open(store)
+
+
+def common_flags(images) -> list:
+    return ["--data-path", images, "--vae", "pixels", "--image-size", 16, "--num-workers", 0, "--batch-size", 4]
 
 
 def launch(num_processes: int, *flags) -> subprocess.CompletedProcess:
@@ -48,7 +52,7 @@ def contents(store: Path) -> dict[str, bytes]:
 def test_pixels_are_the_images(image_folder, tmp_path, capsys):
     store = extract(image_folder, tmp_path / "store", "--flip")
     folder = ImageFolder(image_folder)
-    assert sorted(path.name for path in store.path.iterdir()) == sorted((*ARRAYS, "meta.json"))  # no progress map is left
+    assert sorted(path.name for path in store.path.iterdir()) == sorted((".lock", *ARRAYS, "meta.json"))  # no progress map
     assert (store.codec, store.scale, store.num_images, store.latent_shape) == ("pixels", 1.0, 14, (3, 16, 16))
     assert store.class_names == folder.class_names
     np.testing.assert_array_equal(store.labels, folder.labels)
@@ -83,17 +87,6 @@ def test_half_precision_on_disk(image_folder, tmp_path):
     assert torch.equal(half.rows(range(14)), whole.rows(range(14)).half().float())
 
 
-def test_two_processes_write_the_same_store(image_folder, tiny_vae, tmp_path):
-    """The published extraction let every rank overwrite the others' files."""
-    flags = "--data-path", image_folder, "--vae", tiny_vae, "--image-size", 32, "--batch-size", 3, "--flip", "--num-workers", 1
-    two = launch(2, *flags, "--features-path", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    extract(image_folder, tmp_path / "one", *flags)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert len(contents(tmp_path / "one")) == 4
-    assert two.stdout.count("14 images") == 1
-
-
 class Killed(BaseException):
     """Stands for a signal: nothing catches it."""
 
@@ -124,6 +117,63 @@ def test_restart_goes_on_where_it_stopped(image_folder, tiny_vae, tmp_path, monk
     monkeypatch.setattr(extract_features, "load_image", lambda *_: pytest.fail("read an image of a complete store"))
     extract(image_folder, tmp_path / "again", *flags)
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def rows_written(monkeypatch) -> list[int]:
+    """The rows that this process writes from now on."""
+    rows, write = [], extract_features.StoreWriter.write
+    monkeypatch.setattr(extract_features.StoreWriter, "write", lambda *args: (rows.append(args[1]), write(*args)))
+    return rows
+
+
+def test_killed_at_any_moment(image_folder, tmp_path, rows_written):
+    """kill -9 before, within and after writes: a rerun makes what is not marked, and the store is the uninterrupted one's."""
+    flags = [*common_flags(image_folder), "--flip"]
+    code, num_moments = kills.run("extract_features", [*flags, "--features-path", tmp_path / "whole"])
+    assert code == 0 and num_moments > 4 * 2 * 14  # each row: data and mark in two halves, twice with --flip
+    for moment in sorted({1, 3, 5, *np.linspace(7, num_moments - 1, 8).astype(int).tolist()}):
+        store = tmp_path / str(moment)
+        assert kills.run("extract_features", [*flags, "--features-path", store], kill_at=moment)[0] == -9
+        marks = [np.fromfile(path, np.uint8) for path in store.glob("*.progress")]
+        done = set(np.flatnonzero(np.all(marks, axis=0)).tolist()) if len(marks) == 2 else set()
+        complete = (store / "meta.json").exists() and json.loads((store / "meta.json").read_text())["complete"]
+        rows_written.clear()
+        extract(image_folder, store, "--flip")
+        assert rows_written == ([] if complete else [row for row in range(14) if row not in done])
+        assert contents(store) == contents(tmp_path / "whole")
+        assert set(os.listdir(store)) <= {*ARRAYS, "meta.json", ".lock", *(f"{a[:-4]}.progress" for a in ARRAYS if complete)}
+
+
+def test_killed_again_and_again(image_folder, tmp_path):
+    extract(image_folder, tmp_path / "whole")
+    store = tmp_path / "store"
+    assert (
+        kills.run_with_kills(
+            "extract_features", [*common_flags(image_folder), "--features-path", store], num_kills=10, seed=0, longest=50
+        )
+        > 3
+    )
+    assert contents(store) == contents(tmp_path / "whole")
+
+
+def test_a_process_without_images_opens_nothing(image_folder, tmp_path, monkeypatch):
+    """It opened the progress map that the first process, done with everything, was removing."""
+    monkeypatch.setattr(extract_features.StoreWriter, "__enter__", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(extract_features.StoreWriter, "finish", lambda *_: np.empty(0))
+    monkeypatch.setattr(extract_features, "show", lambda *_: 0)
+    monkeypatch.setattr(extract_features.distributed, "my_share", lambda *_: [])
+    extract_features.main(list(map(str, [*common_flags(image_folder), "--features-path", tmp_path / "store"])))
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1,', "[]", "7", '"text"', '{"format": 1}', "\x00"])
+def test_broken_meta(image_folder, tmp_path, fails, text):
+    """It was said that the store is to be extracted again, which was what the user did."""
+    extract(image_folder, tmp_path / "store")
+    (tmp_path / "store" / "meta.json").write_text(text)
+    argv = ["--data-path", image_folder, "--features-path", tmp_path / "store", "--vae", "pixels", "--image-size", 16]
+    message = fails(extract_features.main, *argv)
+    assert "meta.json" in message and f"remove {tmp_path / 'store'} first, or use a new folder" in message
 
 
 def test_killed_before_the_progress_map_is_removed(image_folder, tmp_path):

@@ -18,9 +18,9 @@ from diffusion.transport import Sampler, create_transport
 from models.checkpoints import build_model, read_checkpoint
 from runtime.draws import Purpose, normals
 from tests.launch import run_script
+from tests.runs import assert_same_state, final_state
 from tests.shared import grey_levels
 from tests.sit_checkpoints import TRANSPORT, random_checkpoint, sample
-from tests.runs import assert_same_state, final_state
 from training.checkpoint import checkpoint_files
 
 
@@ -51,7 +51,7 @@ def test_any_network_with_either_objective(latent_store, tmp_path, model, object
     train_mask_adan.main(argv(latent_store, tmp_path, model, "--objective", objective))
     (log,) = tmp_path.glob("*/metrics.jsonl")
     record = json.loads(log.read_text().splitlines()[-1])
-    assert set(record) == {"step", "lr", *parts} and np.isfinite(record["loss"])
+    assert set(record) == {"step", "lr", "grad_norm", "skipped_steps", *parts} and np.isfinite(record["loss"])
     path = checkpoint_of(tmp_path)
     assert read_checkpoint(path).objective["name"] == objective
     fresh_accelerate_state()
@@ -87,7 +87,7 @@ def test_transport_resumes_bitwise(latent_store, tmp_path, fresh_accelerate_stat
         mediator_train.main([*cut, "--max-steps", steps])
     assert_same_state(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
     fresh_accelerate_state()
-    with pytest.raises(ValueError, match="--mediator-num 4 -> 16"):
+    with pytest.raises(ValueError, match="mediator-num 4 -> 16"):
         mediator_train.main([*cut, "--mediator-num", "16"])
 
 
@@ -138,15 +138,6 @@ def test_batch_size_does_not_change_an_image(checkpoint, tmp_path, mode, extra):
         np.testing.assert_allclose(tables[0], tables[1], rtol=1e-3)
         nats, bits = tables[0][:, 2], tables[0][:, 3]
         np.testing.assert_allclose(bits, -nats / (3 * 16 * 16 * np.log(2)), rtol=1e-6)
-
-
-def test_process_count_does_not_change_an_image(checkpoint, tmp_path):
-    one = sample("SDE", checkpoint, tmp_path / "one")
-    run_script(
-        "attention_mediator/sample_ddp.py", "SDE", "--ckpt", checkpoint, "--sample-dir", tmp_path / "two",
-        "--num-fid-samples", "5", "--num-sampling-steps", "6", processes=2,
-    )  # fmt: skip
-    assert grey_levels(one, np.load(tmp_path / "two" / "samples_5x16x16x3.npz")["arr_0"]) <= 1
 
 
 def test_images_are_what_the_library_gives(checkpoint, tmp_path):

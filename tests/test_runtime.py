@@ -357,7 +357,8 @@ def test_two_handles_write_disjoint_rows(tmp_path):
         for i in (0, 1, 4, 3):  # interleaved
             (odd if i % 2 else even).write(i, row(i))
         odd.mark(5, SharedRows.LEFT_OUT)
-        assert even.progress().tolist() == odd.progress().tolist() == [1, 1, 0, 1, 1, 2]
+        assert even.progress().tolist() == odd.progress().tolist() == [1, 1, 0, 0, 0, 2]  # the last of each is not flushed yet
+    assert rows(tmp_path).progress().tolist() == [1, 1, 0, 1, 1, 2]
     array = np.load(tmp_path / "latents.npy")  # as any reader sees it
     assert (array.shape, array.dtype) == ((6, 2, 3), np.float16)
     for i in (0, 1, 3, 4):
@@ -375,7 +376,8 @@ def test_rows_survive_a_restart(tmp_path):
         assert second.progress().tolist() == [0, 0, 1, 0, 0, 0]
         for i in (0, 1, 3, 4, 5):
             second.write(i, row(i))
-        assert second.progress().all()
+        assert not second.progress().all()
+    assert rows(tmp_path).progress().all()
     np.testing.assert_array_equal(np.load(tmp_path / "latents.npy"), np.stack([row(i) for i in range(6)]))
 
 
@@ -424,8 +426,81 @@ def test_rows_on_a_full_disk(tmp_path, monkeypatch):
         monkeypatch.setattr(files.os, "pwrite", fail_with(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match=r"cannot write .*latents\.npy: No space left on device.*run the command again"):
             handle.write(2, row(2))
-        assert handle.progress().tolist() == [0, 1, 0, 0, 0, 0]
+        monkeypatch.undo()
+    assert rows(tmp_path).progress().tolist() == [0, 1, 0, 0, 0, 0]
     np.testing.assert_array_equal(np.load(tmp_path / "latents.npy")[1], row(1))
+
+
+def test_rows_that_the_disk_lost_are_missing(tmp_path, monkeypatch):
+    """A network disk refuses as late as in fsync: nobody knows then which rows arrived. The rows were marked already, and the
+    process that had finished first declared the whole complete."""
+    rows(tmp_path).create()
+    with rows(tmp_path) as first:
+        first.write(0, row(0))
+    handle = rows(tmp_path).open()
+    for i in (1, 2, 3):
+        handle.write(i, row(i))
+    assert handle.progress().tolist() == [1, 1, 1, 0, 0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fail_with(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError, match=r"cannot write .*latents\.npy: Input/output error.*run the command again"):
+            handle.close()
+    assert rows(tmp_path).progress().tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name, size", [("latents.npy", 150), ("latents.npy", 20), ("latents.npy", 0), ("latents.progress", 5)])
+def test_rows_of_a_cut_copy_are_refused(tmp_path, name, size):
+    """numpy's own error for it was shown, or none before the end."""
+    rows(tmp_path).create()
+    os.truncate(tmp_path / name, size)
+    with pytest.raises(ValueError, match=rf"{name} (is cut short or damaged|has 5 marks for 6 rows).*: remove it"):
+        rows(tmp_path).create()
+    (tmp_path / name).unlink()
+    rows(tmp_path).create()
+    assert rows(tmp_path).progress().tolist() == [0] * 6
+
+
+def test_marks_of_an_array_that_is_gone_are_not_kept(tmp_path, monkeypatch):
+    """A kill between the new array and its new marks left the old marks beside rows of zeros."""
+    rows(tmp_path).create()
+    with rows(tmp_path) as first:
+        first.write(0, row(0))
+    first.path.unlink()
+    replaced, replace = [], os.replace
+    monkeypatch.setattr(files.os, "replace", lambda *args: replaced.append(args) or replace(*args) if not replaced else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rows(tmp_path).create()
+    monkeypatch.undo()
+    rows(tmp_path).create()
+    assert not rows(tmp_path).progress().any()
+
+
+def test_temporary_files_of_the_killed_are_removed(tmp_path):
+    for name in (".a.pt.123.tmp", ".samples.npy", ".b.tmp", "c.1.tmp", ".latest.tmp"):
+        (tmp_path / name).touch()
+    files.remove_temporaries(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".b.tmp", ".latest.tmp", ".samples.npy", "c.1.tmp"]
+
+
+def test_a_line_that_does_not_fit_leaves_no_half(tmp_path, monkeypatch):
+    """The next line was glued to the half that had been written."""
+    path, write = tmp_path / "log", os.write
+    append_line(path, "one")
+
+    def full(descriptor, data):
+        if len(data) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:5])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "write", full)
+        with pytest.raises(OSError, match=r"cannot write .*log: No space left on device"):
+            append_line(path, "twenty-two!")
+    append_line(path, "three")
+    assert path.read_text() == "one\nthree\n"
+    monkeypatch.setattr(files.os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+    append_line(path, "short writes go on")
+    assert path.read_text() == "one\nthree\nshort writes go on\n"
 
 
 def test_remove_rows(tmp_path):

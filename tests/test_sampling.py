@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +18,15 @@ from data.codec import load_codec
 from diffusion import create_diffusion
 from models import create_model
 from models.checkpoints import describe
+from runtime import locks
 from runtime.files import SharedRows
+from sampling import many
 from sampling.generate import Guidance, generate, label_source
 from sampling.grids import draw_grid
 from sampling.options import set_cfg_power
 from sampling.samplers import GaussianSampler
-from tests.launch import run_script
+from sampling.writers import SampleFolder
+from tests import kills
 from tests.shared import grey_levels, perturb
 
 NAME = "samples_7x16x16x3.npz"
@@ -70,7 +75,7 @@ def test_outputs(samples, checkpoint):
         assert np.array_equal(np.array(Image.open(samples / "png" / f"{i:06d}.png")), batch["arr_0"][i])
     labels = label_source("random", 10, 0, 7)
     assert batch["arr_1"].tolist() == [labels(i) for i in range(7)]
-    assert sorted(path.name for path in samples.iterdir()) == sorted(["png", "settings.json", NAME])
+    assert sorted(path.name for path in samples.iterdir()) == sorted([".lock", "png", "settings.json", NAME])
     assert batch["arr_0"].std() > 10  # pictures, not a constant
 
 
@@ -96,11 +101,6 @@ def test_batch_size_does_not_change_an_image(checkpoint, tmp_path, cfg):
     assert grey_levels(three, eight) <= 1
 
 
-def test_process_count_does_not_change_an_image(checkpoint, samples, tmp_path):
-    run_script("sample_ddp.py", *argv(checkpoint, tmp_path / "two"), processes=2)
-    assert grey_levels(np.load(tmp_path / "two" / NAME)["arr_0"], np.load(samples / NAME)["arr_0"]) <= 1
-
-
 def test_restart_makes_only_what_is_missing(checkpoint, samples, tmp_path, monkeypatch):
     written, write = [], SharedRows.write
 
@@ -119,6 +119,110 @@ def test_restart_makes_only_what_is_missing(checkpoint, samples, tmp_path, monke
     assert grey_levels(images, np.load(samples / NAME)["arr_0"]) <= 1
     sample(checkpoint, tmp_path)  # all is there: nothing is made
     assert len(written) == 7
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_killed_at_any_moment(checkpoint, samples, tmp_path, monkeypatch):
+    """kill -9 before, within and after writes: a rerun makes what is not marked, and the samples are the uninterrupted ones,
+    byte for byte, for an image is always made in the same batch."""
+    written, write = [], SharedRows.write
+    monkeypatch.setattr(SharedRows, "write", lambda self, i, image: (written.append(i), write(self, i, image)))
+    num_moments = kills.run("sample_ddp", argv(checkpoint, tmp_path / "whole"))[1]
+    assert files_of(tmp_path / "whole") == files_of(samples)
+    for moment in sorted({1, 3, 5, *np.linspace(7, num_moments - 1, 8).astype(int).tolist()}):
+        folder = tmp_path / str(moment)
+        assert kills.run("sample_ddp", argv(checkpoint, folder), kill_at=moment)[0] == -9
+        progress = folder / ".samples.progress"
+        done = set(np.flatnonzero(np.fromfile(progress, np.uint8)).tolist()) if progress.exists() else set()
+        packed = (folder / NAME).exists()
+        written.clear()
+        sample(checkpoint, folder)
+        assert written == ([] if packed else [i for i in range(7) if i not in done])
+        assert files_of(folder) == files_of(samples)
+
+
+def test_killed_again_and_again(checkpoint, samples, tmp_path):
+    assert kills.run_with_kills("sample_ddp", argv(checkpoint, tmp_path), num_kills=10, seed=0, longest=40) > 3
+    assert files_of(tmp_path) == files_of(samples)
+
+
+def test_a_lost_picture_is_made_again(checkpoint, samples, tmp_path, monkeypatch):
+    """The first process packed the folder without waiting for it, and a name that is no number was an error."""
+    monkeypatch.setattr(SampleFolder, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(checkpoint, tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "png" / "000004.png").unlink()
+    (tmp_path / "png" / "notes.png").write_text("mine")
+    (tmp_path / "png" / ".000003.png.123.tmp").write_text("half a picture")
+    sample(checkpoint, tmp_path)
+    (tmp_path / "png" / "notes.png").unlink()
+    assert files_of(tmp_path) == files_of(samples)
+
+
+def test_a_process_without_images_opens_nothing(checkpoint, tmp_path, monkeypatch):
+    """It opened the files that the first process, done with everything, was removing."""
+    opened = []
+
+    class Folder(SampleFolder):
+        def __enter__(self):
+            opened.append(self)
+            return super().__enter__()
+
+        def packed(self):
+            return False
+
+        def complete(self):
+            return True
+
+        def finish(self, labels):
+            pass
+
+    monkeypatch.setattr(many, "SampleFolder", Folder)
+    monkeypatch.setattr(many, "my_share", lambda *_: [])
+    sample_ddp.main(argv(checkpoint, tmp_path))
+    assert not opened
+
+
+def test_a_folder_in_use_is_refused(checkpoint, samples, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.1)
+    with locks.folder_lock(tmp_path / "out"):
+        message = fails(sample_ddp.main, *argv(checkpoint, tmp_path / "out"))
+    assert f"{tmp_path / 'out'} is in use by" in message and f"process {os.getpid()} on host" in message
+    sample(checkpoint, tmp_path / "out")  # with nothing but its lock, the folder was empty
+    assert files_of(tmp_path / "out") == files_of(samples)
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 0', "[]", "7", "null", "\x00"])
+def test_broken_settings(checkpoint, samples, tmp_path, fails, text):
+    shutil.copytree(samples, tmp_path / "copy")
+    (tmp_path / "copy" / "settings.json").write_text(text)
+    message = fails(sample_ddp.main, *argv(checkpoint, tmp_path / "copy"))
+    assert "settings.json cannot be read" in message and "or use another --sample-dir" in message
+
+
+def test_a_file_in_the_folders_place(checkpoint, tmp_path, fails):
+    (tmp_path / "file").touch()
+    assert f"--sample-dir {tmp_path / 'file'} is a file: name a folder" in fails(
+        sample_ddp.main, *argv(checkpoint, tmp_path / "file")
+    )
+
+
+@pytest.mark.parametrize("name", [".samples.npy", ".samples.progress"])
+def test_cut_work_files(checkpoint, samples, tmp_path, monkeypatch, fails, name):
+    """A copy of the folder that ran out of room."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample(checkpoint, tmp_path)
+    os.truncate(tmp_path / name, 5)
+    assert f"{name} " in fails(sample_ddp.main, *argv(checkpoint, tmp_path))
+    (tmp_path / name).unlink()
+    sample(checkpoint, tmp_path)
+    assert files_of(tmp_path) == files_of(samples)
 
 
 def test_amm_guidance_and_ddim_change_the_images(checkpoint, samples, tmp_path):

@@ -1,13 +1,19 @@
-"""The results folder: ``<results>/<index>-<model>/checkpoints/<step>.pt``, and how a run finds its last good state."""
+"""The results folder: ``<results>/<index>-<model>/checkpoints/<step>.pt``, and how a run finds its last good state.
+
+In the place of ``<step>.pt`` may stand a sharded checkpoint, the folder ``<step>`` (training.shards).
+"""
 
 import contextlib
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 from models.checkpoints import read_file
+from models.checkpoints.files import SHARDED_FACTS
 from runtime.files import save_atomic
+from training.shards import check_files, is_sharded, read_facts
 
 LATEST = "latest"
 ENTRIES = ("model", "ema", "opt", "step", "config", "args", "data", "sampler", "skipped")  # without which no run goes on
@@ -38,19 +44,41 @@ def last_run_folder(results_dir: str | os.PathLike, model_name: str) -> Path | N
 
 
 def checkpoint_files(run_folder: Path) -> list[Path]:
-    """A run's checkpoints, newest first."""
-    files = [path for path in (run_folder / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
-    return sorted(files, key=lambda path: int(path.stem), reverse=True)
+    """A run's checkpoints, newest first; of one step, the file before the folder."""
+    paths = [
+        path
+        for path in (run_folder / "checkpoints").glob("*")
+        if path.stem.isdecimal() and (path.suffix == ".pt" or is_sharded(path))
+    ]
+    return sorted(paths, key=lambda path: (int(path.stem), path.suffix), reverse=True)
+
+
+def checkpoint_path(run_folder: Path, step: int, sharded: bool = False) -> Path:
+    return run_folder / "checkpoints" / f"{step:07d}{'' if sharded else '.pt'}"
 
 
 def save_checkpoint(state: dict, run_folder: Path, step: int, keep: int) -> Path:
     """Write ``<step>.pt`` whole, then move ``latest`` to it, then remove all but the newest ``keep`` (0 keeps all)."""
-    path = run_folder / "checkpoints" / f"{step:07d}.pt"
+    path = checkpoint_path(run_folder, step)
     save_atomic(state, path)
-    _point_latest_to(path)
-    for old in checkpoint_files(run_folder)[keep:] if keep else []:
-        old.unlink()
+    make_latest(path, keep)
     return path
+
+
+def make_latest(path: Path, keep: int) -> None:
+    """Move ``latest`` to a new checkpoint that is whole, then remove all but the newest ``keep`` of its run."""
+    _point_latest_to(path)
+    for old in checkpoint_files(path.parent.parent)[keep:] if keep else []:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        leaving = path.with_name(f".{path.name}.tmp")  # half a folder must not look like a checkpoint
+        path.rename(leaving)
+        shutil.rmtree(leaving)
+    else:
+        path.unlink()
 
 
 def set_newer_aside(run_folder: Path, step: int) -> list[Path]:
@@ -59,8 +87,9 @@ def set_newer_aside(run_folder: Path, step: int) -> list[Path]:
     newer = [path for path in checkpoint_files(run_folder) if int(path.stem) > step]
     for path in newer:
         path.rename(path.with_name(path.name + ".set-aside"))
-    if newer:
-        _point_latest_to(run_folder / "checkpoints" / f"{step:07d}.pt")
+    left = checkpoint_files(run_folder)
+    if newer and left:
+        _point_latest_to(left[0])
     return newer
 
 
@@ -68,7 +97,11 @@ def _point_latest_to(path: Path) -> None:
     link = path.with_name(f".{LATEST}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
-    os.replace(link, path.with_name(LATEST))
+    try:
+        os.replace(link, path.with_name(LATEST))
+    except OSError:
+        link.unlink()
+        raise
 
 
 def run_folder_of(resume: str, results_dir: str | os.PathLike, model_name: str) -> Path | None:
@@ -79,7 +112,7 @@ def run_folder_of(resume: str, results_dir: str | os.PathLike, model_name: str) 
     path = Path(resume)
     if not path.exists():
         raise ValueError(f"--resume {path} does not exist")
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         if not checkpoint_files(path):
             raise ValueError(f"--resume {path}: the folder holds no checkpoints/*.pt")
         return path.resolve()
@@ -98,7 +131,8 @@ def whole_checkpoint(resume: str, folder: Path) -> tuple[Path, list[str]]:
     are renamed ``<name>.damaged``. Raises ValueError where none is left, or the named one is damaged. One process calls this
     before others read.
     """
-    if resume != "auto" and not Path(resume).is_dir() and Path(resume).name != LATEST:
+    is_folder = Path(resume).is_dir() and not is_sharded(Path(resume))
+    if resume != "auto" and not is_folder and Path(resume).name != LATEST:
         check_whole(Path(resume).resolve())
         return Path(resume).resolve(), []
     remarks = []
@@ -117,23 +151,37 @@ def whole_checkpoint(resume: str, folder: Path) -> tuple[Path, list[str]]:
 
 def check_whole(path: Path) -> None:
     """Raises ValueError for a file whose bytes are not those that were written, or that holds no training state."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # torch itself does not look at the checksums
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if broken:
-        raise ValueError(f"{path} is damaged (the checksum of {broken} is wrong)")
-    content = read_file(path)
+    _check_archive(path / SHARDED_FACTS if is_sharded(path) else path)
+    if is_sharded(path):
+        check_files(path)
+    content = read_content(path)
     missing = [key for key in ENTRIES if key not in content]
     if missing:
         raise ValueError(f"--resume {path}: {', '.join(missing)} missing, a run cannot be continued from it; try --init-from")
 
 
+def read_content(path: Path) -> dict:
+    """Of a sharded checkpoint, all but the tensors in shards."""
+    return read_facts(path) if is_sharded(path) else read_file(path)
+
+
+def _check_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch itself does not look at the checksums
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if broken:
+        raise ValueError(f"{path} is damaged (the checksum of {broken} is wrong)")
+
+
 def remove_leftovers(run_folder: Path) -> None:
     """Half a checkpoint that a killed process left behind. Only for the owner of the folder."""
     for path in (run_folder / "checkpoints").glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _file_name(model_name: str) -> str:

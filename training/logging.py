@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 import uuid
 from argparse import Namespace
@@ -30,10 +31,13 @@ def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace, resum
         accelerator.trackers.append(
             WandBTracker(project, entity=args.wandb_entity, name=name, dir=str(folder), config=vars(args), **known)
         )
+    threading.excepthook = _all_but_disk_errors
     for tracker in accelerator.trackers:
         try:
             tracker.start()
         except Exception as error:  # wandb raises errors of its own kinds, for a wrong key or an absent network
+            if tracker.name != "wandb" and isinstance(error, OSError):
+                raise OSError(f"cannot write {folder / tracker.name}: {error.strerror or error}") from error
             if tracker.name != "wandb":
                 raise
             raise ValueError(
@@ -41,11 +45,18 @@ def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace, resum
             ) from error
 
 
+def _all_but_disk_errors(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, whose error it raises again in the next call: no need for its traceback."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+
+
 def _wandb_id(folder: Path) -> str:
     """W&B's name for the run in this folder, so that a resumed run goes on under it."""
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
+        with atomic_file(path) as file:
+            file.write(uuid.uuid4().hex[:8].encode())
     return path.read_text()
 
 
@@ -85,10 +96,21 @@ class RunLog:
         record = {"step": step, **metrics}
         self.history.append(record)
         append_line(self.folder / METRICS, json.dumps(record))
-        self.accelerator.log({**metrics, "images_per_second": images_per_second}, step=step)
+        self._tell_trackers(step, {**metrics, "images_per_second": images_per_second})
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.bar.set_postfix_str(f"{images_per_second:.0f} images/s")
         self.message(f"step {step:7d}  {values}  {images_per_second:.0f} images/s")
+
+    def _tell_trackers(self, step: int, values: dict[str, float]) -> None:
+        """One that its disk refuses is given up: its lines are in ``metrics.jsonl`` as well."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(values, step=step)
+            except OSError as error:
+                self.accelerator.trackers.remove(tracker)
+                self.message(
+                    f"{tracker.name} is given up from step {step} on, its log cannot be written: {error.strerror or error}"
+                )
 
     def message(self, text: str) -> None:
         if self.accelerator.is_main_process:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion
 from runtime.stopping import StopRequest
-from training.checkpoint import checkpoint_files, save_checkpoint, set_newer_aside
+from training.checkpoint import checkpoint_files, set_newer_aside
 from training.data import Batches
 from training.logging import RunLog
 from training.optim import linear_lr
+from training.placement import Replicated, Sharded
+from training.sharding import local
 from training.step import PARTS, Outcome, TrainingStep
 
 DRAWS_OF_LOSS = 10  # loss.png is redrawn at every tenth log line
@@ -43,6 +45,7 @@ class Run:
 
     def __init__(
         self,
+        placement: Replicated | Sharded,
         train_step: TrainingStep,
         batches: Batches,
         schedule: Schedule,
@@ -50,7 +53,8 @@ class Run:
         facts: dict,
         sample: Callable[[nn.Module, Path, int], None] | None = None,
     ):
-        self.train_step, self.batches, self.schedule, self.folder, self.facts = train_step, batches, schedule, folder, facts
+        self.placement, self.train_step, self.batches, self.schedule = placement, train_step, batches, schedule
+        self.folder, self.facts = folder, facts
         self.accelerator, self.sample = train_step.accelerator, sample
         self.step = self.skipped = self.skipped_in_a_row = 0
         # The parts of the loss, summed over this process's samples since the last log line, and the steps that went into them.
@@ -148,14 +152,14 @@ class Run:
     def _save(self) -> None:
         """Only a state whose weights are all finite is written."""
         sums = self._global_sums()
-        if not all(parameter.isfinite().all() for parameter in self.train_step.model.parameters()):
+        parts = local(self.train_step.model.parameters())
+        [broken] = self.train_step.any_process(~torch.stack([part.isfinite().all() for part in parts]).all())
+        if broken:
             self._stop(f"the weights are not finite after step {self.step}")
-        if not self.accelerator.is_main_process:
-            return
         scaler = self.accelerator.scaler
         state = {
-            "model": self.accelerator.unwrap_model(self.train_step.model).state_dict(),
-            "ema": self.train_step.ema.model.state_dict(),
+            "model": self.placement.network.state_dict(),
+            "ema": self.placement.ema.state_dict(),
             "opt": self.train_step.optimizer.state_dict(),
             "sampler": self.train_step.timestep_sampler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -166,4 +170,4 @@ class Run:
             "step": self.step,
             **self.facts,
         }
-        save_checkpoint(state, self.folder, self.step, self.schedule.keep_checkpoints)
+        self.placement.save(state, self.folder, self.step, self.schedule.keep_checkpoints)

@@ -61,6 +61,17 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     )
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network; weights stay fp32")
     run.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
+    run.add_argument(
+        "--gradient-checkpointing",
+        action=BooleanFlag,
+        help="compute the transformer blocks again in backward, to save memory; same gradients",
+    )
+    run.add_argument(
+        "--fsdp",
+        action=BooleanFlag,
+        help="under torchrun: each process holds a part of weights, average, gradients and optimizer state, for models that "
+        "fit no single GPU; a checkpoint is then a folder, of which python -m training.consolidate makes a .pt",
+    )
 
     length = parser.add_argument_group("length and batch")
     length.add_argument("--epochs", type=positive_float, default=81, help="passes over the data")
@@ -134,6 +145,13 @@ def parse_training_arguments(parser: ArgumentParser, argv: Sequence[str] | None)
         parser.error("--resume continues a run, --init-from starts a new one: use one of them")
     if args.dummy is False and not (args.feature_path or args.data_path):
         parser.error("--no-dummy names no data: give --feature-path or --data-path")
+    if args.fsdp and args.sample_every:
+        parser.error(
+            "--fsdp leaves no process with a whole model to draw samples from: leave --sample-every out, and sample a "
+            "checkpoint that python -m training.consolidate made one file of"
+        )
+    if args.fsdp and args.precision == "fp16":
+        parser.error("--fsdp has no loss scaling: use --precision bf16 or fp32")
     resolve_objective(parser, args)
     if args.wandb_key:
         os.environ["WANDB_API_KEY"] = args.wandb_key

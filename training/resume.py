@@ -7,22 +7,23 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from models.checkpoints import read_file
+from models.checkpoints.files import how_to_consolidate
 from runtime.distributed import note, together
-from training.checkpoint import whole_checkpoint
+from training.checkpoint import read_content, whole_checkpoint
+from training.shards import is_sharded
 
 # What the shape of a run's state depends on beside the network: these cannot change.
 STATE_FLAGS = ("masked", "optimizer", "objective", "timestep_sampler")
 # What its result depends on besides: these change with --allow-changed. The number of processes, --micro-batch-size and
-# --compile only move the order of sums.
+# --compile, --fsdp and --gradient-checkpointing only move the order of sums.
 RESULT_FLAGS = (
     "seed", "global_batch_size", "init_lr", "final_lr", "lr_decay_steps", "weight_decay", "ema_decay", "label_dropout",
     "precision", "grad_clip", "min_snr_gamma", "path_type", "prediction", "loss_weight", "train_eps",
 )  # fmt: skip
 
 
-def read_state(args: Namespace, facts: dict, folder: Path, state: PartialState) -> dict:
-    """The newest whole checkpoint of the run in ``folder``, or the one that ``--resume`` names.
+def read_state(args: Namespace, facts: dict, folder: Path, state: PartialState) -> tuple[Path, dict]:
+    """The newest whole checkpoint of the run in ``folder``, or the one that ``--resume`` names, and its content.
 
     facts: what this run's own checkpoints will say. Raises ValueError for a run begun otherwise.
     """
@@ -35,9 +36,11 @@ def read_state(args: Namespace, facts: dict, folder: Path, state: PartialState) 
                 note(remark)
     path = broadcast_object_list(chosen)[0]
     with together():
-        content = read_file(path)
+        if is_sharded(path) and not args.fsdp:
+            raise ValueError(f"--resume {path} is a sharded checkpoint: add --fsdp, or {how_to_consolidate(path)}")
+        content = read_content(path)
         _compare(args, facts, content, path)
-    return content
+    return path, content
 
 
 def _compare(args: Namespace, facts: dict, held: dict, path: Path) -> None:

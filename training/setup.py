@@ -17,7 +17,6 @@ from data.sources import DummySource, ImageSource, Source
 from data.store import PUBLISHED_CODEC, LatentStore
 from models import create_model
 from models.checkpoints import Checkpoint, check_name, describe, load_weights, read_checkpoint, warm_start
-from models.layers import compile_blocks
 from models.registry import model_config
 from models.resolution import change_resolution
 from runtime import watch
@@ -27,12 +26,12 @@ from runtime.locks import folder_lock
 from runtime.stopping import StopRequest
 from training.checkpoint import new_run_folder, remove_leftovers, run_folder_of
 from training.data import Batches, DataOrder
-from training.ema import EMA
 from training.logging import open_trackers
 from training.loop import Run, Schedule
 from training.objective import Objective, create_objective
-from training.optim import create_optimizer
+from training.placement import Replicated, Sharded
 from training.resume import read_state
+from training.shards import is_sharded
 from training.step import TrainingStep
 
 DEFAULT_IMAGE_SIZE = 256
@@ -72,6 +71,8 @@ def prepare_run(
     batch = args.global_batch_size
     if batch % state.num_processes:
         raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
+    if args.fsdp and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp spreads the model over processes: start several with torchrun, or leave it out")
     check_precision(args.precision, state.device)
     source, num_classes = open_source(args, state.device)
     objective = create_objective(args)
@@ -81,29 +82,27 @@ def prepare_run(
     facts = _facts(args, model, source, objective)
     with together():
         sample = grid_writer(args, facts["config"])
-    folder, found = _resumed(args, facts, state, held)
+    path, found = _resumed(args, facts, state, held)
     if found:
-        load_weights(model, found["model"], folder)
+        folder = path.parent.parent
+        if not is_sharded(path):
+            load_weights(model, found["model"], path)
     else:
         start_weights(args, model, source, objective, required=needs_init)
         folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     accelerator = start_training(args.precision)
     _start_trackers(accelerator, folder, args, found["step"] if found else None)
-    ema = EMA(model.to(accelerator.device), args.ema_decay)
+    placement = (Sharded if args.fsdp else Replicated)(args, model, accelerator)
     if found:
-        load_weights(ema.model, found["ema"], folder)
-    if args.compile:
-        compile_blocks(model)
-    optimizer = create_optimizer(args.optimizer, model.parameters(), args.init_lr, args.weight_decay)
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+        found = placement.load(found, path)
 
     order = DataOrder(source.num_images, batch, args.seed)
     share = my_share(range(batch), accelerator)
     train_step = TrainingStep(
         accelerator=accelerator,
-        model=wrapped,
-        optimizer=optimizer,
-        ema=ema,
+        model=placement.model,
+        optimizer=placement.optimizer,
+        ema=placement.ema,
         diffusion=objective.mathematics,
         timestep_sampler=objective.timestep_sampler,
         seed=args.seed,
@@ -115,7 +114,7 @@ def prepare_run(
     batches = Batches(
         source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
     )  # fmt: skip
-    run = Run(train_step, batches, _schedule(args, order), folder, facts, sample)
+    run = Run(placement, train_step, batches, _schedule(args, order), folder, facts, sample)
     if found:
         run.restore(found)
     return run
@@ -233,7 +232,7 @@ def _raised(path: str, model: str, side: int) -> Checkpoint:
 
 
 def _resumed(args: Namespace, facts: dict, state: PartialState, held: contextlib.ExitStack) -> tuple[Path | None, dict | None]:
-    """Folder and checkpoint of the run that ``--resume`` names, the folder locked; None for a new run."""
+    """The checkpoint that ``--resume`` means and its content, its run's folder locked; None for a new run."""
     if not args.resume:
         return None, None
     folder = [None]
@@ -244,7 +243,7 @@ def _resumed(args: Namespace, facts: dict, state: PartialState, held: contextlib
                 held.enter_context(folder_lock(folder[0]))
                 remove_leftovers(folder[0])
     folder = broadcast_object_list(folder)[0]
-    return folder, folder and read_state(args, facts, folder, state)
+    return read_state(args, facts, folder, state) if folder else (None, None)
 
 
 def _new_folder(args: Namespace, state: PartialState, held: contextlib.ExitStack) -> Path:

@@ -7,7 +7,8 @@ is a DTensor: it has the shape of the whole, and ``to_local()`` is this process'
 
 import contextlib
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ class ShardedModel(nn.Module):
             block.attn.expands_inside = True  # elsewhere its tables are not gathered
             fully_shard(block, mesh=mesh, mp_policy=rounded)
         self.module = fully_shard(module, mesh=mesh)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes an output in place
         self._predict = convert_outputs_to_fp32(accelerator.autocast()(self.module.__call__))
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -59,14 +61,14 @@ class ShardedEMA:
     model = None  # no process has a network that could be sampled
 
     def __init__(self, source: nn.Module, decay: float):
-        self.source, self._update = source, get_ema_multi_avg_fn(decay)
+        self.source, self._average = source, get_ema_multi_avg_fn(decay)
+        self.averages = {name: parameter.detach().clone() for name, parameter in source.named_parameters()}
         trained = {name: parameter for name, parameter in source.named_parameters() if parameter.requires_grad}
-        self.averages = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        self._trained = list(trained.values())
+        self._pairs = [self.averages[name] for name in trained], list(trained.values())
 
     @torch.no_grad()
     def update(self) -> None:
-        self._update(local(self.averages.values()), local(self._trained), None)
+        pass
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.source.state_dict() | self.averages
@@ -79,7 +81,7 @@ class ShardedEMA:
             average.copy_(shard_like(state[name], average))
 
 
-def local(tensors) -> list[Tensor]:
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's part of each tensor; all of one that is not sharded."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
@@ -87,6 +89,17 @@ def local(tensors) -> list[Tensor]:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor's, or a sharded sum's, value in every process, which all must ask for."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_state_like(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An optimizer's state dict with whole tensors -> sharded as the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def shard(value: object, like: DTensor) -> object:
+        return shard_like(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+
+    entries = {i: {key: shard(value, parameters[i]) for key, value in held.items()} for i, held in state["state"].items()}
+    return {**state, "state": entries}
 
 
 def shard_like(value: Tensor, like: DTensor) -> DTensor:

@@ -6,12 +6,15 @@ Nothing is pickled but ``facts.pt``, which is read as every ``.pt``: tensors and
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,15 +22,18 @@ from torch.distributed.tensor import DTensor
 
 from models.checkpoints import read_file
 from models.checkpoints.files import SHARDED_FACTS
+from runtime.cli import first_line
 from runtime.distributed import SharedError, together
 from runtime.files import file_sha256, save_atomic
 
 FILES = "files"  # entry of the facts: name -> sha256 of every other file
+FILE_BYTES = 2**28  # of a file, about
 NAME_SEPARATOR = "/"
 
 
 def is_sharded(path: Path) -> bool:
-    return (path / SHARDED_FACTS).is_file()
+    """Whether a path is a sharded checkpoint's, whole or not; one in a run has the step as its name."""
+    return path.is_dir() and (path.resolve().name.isdecimal() or (path / SHARDED_FACTS).is_file())
 
 
 def split(state: dict) -> tuple[dict, dict[str, DTensor]]:
@@ -69,7 +75,10 @@ def write(state: dict, path: Path) -> None:
             temporary.mkdir(parents=True)
     facts, tensors = split(state)
     try:
-        _write_tensors(tensors, temporary)
+        try:
+            _write_tensors(tensors, temporary)
+        except CheckpointException as error:
+            raise SharedError(f"cannot write {path}: {_first_failure(error)}; earlier checkpoints are unchanged") from error
         with together():
             mine = {file.name: file_sha256(file) for file in _files_of(temporary, process.process_index)}
         digests = {name: digest for part in gather_object([mine]) for name, digest in part.items()}
@@ -82,22 +91,13 @@ def write(state: dict, path: Path) -> None:
 
 
 def _write_tensors(tensors: dict[str, DTensor], folder: Path) -> None:
-    """One file for each process and group of tensors: a file is put together in memory before it is written."""
-    groups = {name: _group(name) for name in tensors}
-    number = {group: i for i, group in enumerate(dict.fromkeys(groups.values()), start=1)}
+    """Several files for each process: one is put together in memory before it is written."""
+    sizes = np.array([tensor.nbytes / PartialState().num_processes for tensor in tensors.values()])
+    numbers = 1 + (sizes.cumsum() // FILE_BYTES).astype(int)
     writer = HuggingFaceStorageWriter(
-        os.fspath(folder), {name: number[group] for name, group in groups.items()}, save_distributed=True
+        os.fspath(folder), dict(zip(tensors, numbers.tolist(), strict=True)), save_distributed=True
     )
-    try:
-        dcp.save(tensors, storage_writer=writer)
-    except CheckpointException as error:
-        raise SharedError(f"cannot write {folder}: {_first_failure(error)}; earlier checkpoints are unchanged") from error
-
-
-def _group(name: str) -> str:
-    """model, ema, or a kind of the optimizer's averages."""
-    first, *_, last = name.split(NAME_SEPARATOR)
-    return last if first == "opt" else first
+    dcp.save(tensors, storage_writer=writer)
 
 
 def _files_of(folder: Path, process: int) -> list[Path]:
@@ -108,8 +108,8 @@ def _finish(facts: dict, temporary: Path, path: Path) -> None:
     missing = [name for name in facts[FILES] if not (temporary / name).is_file()]
     if missing:
         raise ValueError(
-            f"{temporary / missing[0]}, written by another process, is not there: --results-dir must be on a disk that all nodes "
-            "share"
+            f"{temporary / missing[0]}, written by another process, is not there: --results-dir must be on a disk that all "
+            "nodes share"
         )
     save_atomic(facts, temporary / SHARDED_FACTS)
     sync_folder(temporary)
@@ -131,7 +131,7 @@ def sync_folder(path: Path) -> None:
 def _first_failure(error: CheckpointException) -> str:
     """What went wrong on the first process that failed."""
     _, (cause, _) = min(error.failures.items())
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return getattr(cause, "strerror", None) or first_line(cause)
 
 
 def check_files(path: Path) -> None:
@@ -170,17 +170,22 @@ def read_into(path: Path, facts: dict, model: dict[str, Tensor], averages: dict[
 def read_whole(path: Path) -> dict:
     """The whole content of a checkpoint with whole tensors, in the layout of a ``.pt``; by one process, without a group.
 
-    Raises ValueError for a damaged one.
+    Raises ValueError for one that cannot be read; what :func:`check_files` finds is not looked for.
     """
-    check_files(path)
-    metadata = HuggingFaceStorageReader(os.fspath(path)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in metadata.items()}
+    facts = read_facts(path)
+    try:
+        metadata = HuggingFaceStorageReader(os.fspath(path)).read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in metadata.items()}
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:  # headers that were never written
+        raise ValueError(f"{path} is damaged ({error!r})") from error
     _read_tensors(tensors, path, no_dist=True)
-    return join(read_facts(path), tensors)
+    return join(facts, tensors)
 
 
 def _read_tensors(tensors: dict[str, Tensor], path: Path, no_dist: bool = False) -> None:
     try:
+        if no_dist:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.fspath(path)), no_dist=no_dist)
     except CheckpointException as error:
         raise SharedError(f"cannot read {path}: {_first_failure(error)}") from error

@@ -16,6 +16,7 @@ from runtime.draws import Purpose, uniforms
 from training.data import Batch
 from training.ema import EMA
 from training.optim import set_lr
+from training.sharding import ShardedEMA, whole
 
 # mse and vb: of Gaussian diffusion only. grad_norm: of the whole gradient, before it is clipped.
 PARTS = ("loss", "mse", "vb", "loss_plain", "loss_masked", "grad_norm")
@@ -39,7 +40,7 @@ class Outcome:
 class TrainingStep:
     """Draw timesteps, predict, go back, update weights, EMA and the timestep sampler; unless loss or gradient is not finite.
 
-    model and optimizer are as accelerate prepared them. share: this process's positions in the global batch. micro_batch_size:
+    model and optimizer: of :mod:`training.placement`. share: this process's positions in the global batch. micro_batch_size:
     samples that go through the network at once (each twice with a masked pass); the gradient is that of the whole batch.
     grad_clip: the largest norm of the gradient, a longer one is shortened to it; 0: none is.
     """
@@ -47,7 +48,7 @@ class TrainingStep:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: EMA
+    ema: EMA | ShardedEMA
     diffusion: GaussianDiffusion | Transport
     timestep_sampler: UniformSampler | ContinuousSampler
     seed: int
@@ -75,7 +76,7 @@ class TrainingStep:
             sums += parts.detach()
         norm = self._gradient_norm()
         sums[-1] = norm * len(self.share)  # as if every sample had it: their mean is the norm
-        wrong_gradient, wrong_loss, stop = self._any(~norm.isfinite(), ~sums[:-1].isfinite().all(), leave())
+        wrong_gradient, wrong_loss, stop = self.any_process(~norm.isfinite(), ~sums[:-1].isfinite().all(), leave())
         fault = self._fault(sums) if wrong_gradient or wrong_loss else None
         if fault is None:
             self._update(all_t, torch.cat(losses))
@@ -88,12 +89,12 @@ class TrainingStep:
         """Of the gradient of the global batch, which every process holds; it is clipped to ``grad_clip``."""
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters)
+        norm = whole(nn.utils.get_total_norm(parameter.grad for parameter in parameters))
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return norm
 
-    def _any(self, *flags: Tensor | bool) -> list[bool]:
+    def any_process(self, *flags: Tensor | bool) -> list[bool]:
         """Whether any process raises each flag. Waits for the device."""
         device = self.accelerator.device
         votes = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()

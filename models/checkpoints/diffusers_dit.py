@@ -5,6 +5,7 @@ exponents over 127, where DiT, and this code, divides by 128: its own samples of
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +146,10 @@ def _codec(pipeline: Path) -> dict:
     folder = pipeline / "vae"
     if not (folder / "config.json").is_file():
         return {}
-    return {"name": str(folder.resolve()), "scale": _read_json(folder / "config.json").get("scaling_factor", VAE_SCALE)}
+    scale = _read_json(folder / "config.json").get("scaling_factor", VAE_SCALE)
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise ValueError(f"{folder / 'config.json'} has scaling_factor {scale!r:.100}: it must be a number above 0")
+    return {"name": str(folder.resolve()), "scale": scale}
 
 
 def _class_names(index: dict, num_classes: int) -> tuple[str, ...]:
@@ -161,7 +165,7 @@ def _read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the settings of a diffusers model")

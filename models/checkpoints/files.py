@@ -19,6 +19,7 @@ from torch import Tensor
 WEIGHT_KEYS = ("ema", "model")
 PIPELINE_NETWORK = "transformer"  # the folder of the network in a diffusers pipeline
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one that is there
+SHARDED_FACTS = "facts.pt"  # what makes a folder a sharded checkpoint of training
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before every key
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)  # weights; index buffers
 
@@ -44,10 +45,16 @@ def weights_file(path: str | os.PathLike) -> Path:
             f"checkpoint {folder} holds {others[0] if others else 'no weights'}, not {DIFFUSERS_WEIGHTS[0]}: of a "
             "diffusers model one whole file is read; save_pretrained(folder, max_shard_size='100GB') of diffusers writes it"
         )
+    if (path / SHARDED_FACTS).is_file():
+        raise ValueError(f"checkpoint {path} is in shards: {how_to_consolidate(path)}")
     raise ValueError(
         f"checkpoint {path} is a folder: name a file in it, for a run checkpoints/latest, or a diffusers pipeline's folder, "
         f"which holds {PIPELINE_NETWORK}/"
     )
+
+
+def how_to_consolidate(path: Path) -> str:
+    return f"make one file of them with python -m training.consolidate {path} OUT.pt"
 
 
 def is_safetensors(path: Path) -> bool:

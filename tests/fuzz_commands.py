@@ -1,0 +1,319 @@
+"""Command lines drawn from the scripts' own parsers: a good tiny one, changed by values that flags take and that none takes."""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+import extract_features
+import train_mask_adan
+from runtime import cli
+from tests.fuzzing import CLEAR, FAILURE, HERE, SUCCESS, USAGE, Outcome, Tally, Worked, case_folder, draw, run_case
+from tests.launch import BIN, ROOT
+from tests.sit_checkpoints import TRANSPORT, random_checkpoint
+
+SAMPLING = "--vae pixels --num-sampling-steps 3"
+MANY = f"{SAMPLING} --sample-dir {HERE}/out --num-fid-samples 3 --per-proc-batch-size 2"
+LENGTH = f"--results-dir {HERE}/runs --global-batch-size 4 --max-steps 1"
+STAGES = f"--ckpt1 {HERE}/sit1.pt --ckpt2 {HERE}/sit4.pt --ckpt3 {HERE}/sit16.pt --first-several-num 1"
+
+
+def _training(model: str, *sources: str) -> tuple[str, ...]:
+    return tuple(f"--model {model} {LENGTH} {source}" for source in sources)
+
+
+FROM_STORE, FROM_IMAGES = (
+    f"--feature-path {HERE}/store",
+    f"--data-path {HERE}/images --image-size 16 --vae pixels --num-workers 0",
+)
+DUMMY = "--dummy --image-size 16 --vae pixels --num-classes 3"
+LOWER = f"--resume-ckpt-low-resolution {HERE}/small.pt --image-size 16 --mediator-num 4"
+
+# Script -> good command lines, short enough to be run to the end.
+BASES = {
+    "train_mask_adan": _training(
+        "EDT-Ti/2", FROM_STORE, FROM_IMAGES, DUMMY, f"{FROM_STORE} --resume auto", f"{FROM_STORE} --init-from {HERE}/edt.pt"
+    ),
+    "attention_mediator.train": _training("SiT-Ti/2", FROM_STORE, f"{FROM_IMAGES} --mediator-num 4"),
+    "attention_mediator.train_256to512": _training("SiT-Ti/2", f"{FROM_STORE} {LOWER}", f"{FROM_IMAGES} {LOWER}"),
+    "attention_mediator.train_512to1024": _training("SiT-Ti/2", f"{FROM_STORE} {LOWER}"),
+    "extract_features": (
+        f"--data-path {HERE}/images --features-path {HERE}/new --vae pixels --image-size 16 --num-workers 0",
+        f"--data-path {HERE}/images --features-path {HERE}/store --vae pixels --image-size 16 --num-workers 0",
+    ),
+    "sample_ddp": (f"--ckpt {HERE}/edt.pt {MANY}", f"--ckpt {HERE}/sit4.pt {MANY} --mode ODE --sampling-method euler"),
+    "inference": (
+        f"--ckpt {HERE}/edt.pt {SAMPLING} --classes 0,1 --per-class 1 --out {HERE}/grid.png",
+        f"--ckpt {HERE}/sit4.pt {SAMPLING} --classes 0 --per-class 2 --out {HERE}/grid.png --trajectory 2",
+    ),
+    "attention_mediator.sample_ddp": (
+        f"SDE --ckpt {HERE}/sit4.pt {MANY}",
+        f"ODE --ckpt {HERE}/sit4.pt {MANY} --sampling-method heun",
+        f"ODE --ckpt {HERE}/sit4.pt {MANY} --likelihood",
+    ),
+    "time_step_wise_adjusting.sample_ddp_three": (
+        f"SDE {STAGES} {MANY} --switch-ratio1 0.8 --switch-ratio2 0.6",
+        f"ODE --ckpts {HERE}/sit4.pt {HERE}/sit16.pt {MANY} --switch-ratios 0.9",
+    ),
+    "sampling.calibrate_switch": (f"SDE {STAGES} --num-sampling-steps 5 --num-samples 2 --budget-gmac 0.03",),
+    "evaluations.evaluator": (f"{HERE}/ref.npz {HERE}/samples.npz --features pixels --split-size 5",),
+    "evaluations.reference": (
+        f"{HERE}/images {HERE}/new.npz --image-size 16 --features pixels",
+        f"{HERE}/store {HERE}/new.npz --features pixels",
+    ),
+    "models.checkpoints.__main__": (
+        f"inspect {HERE}/edt.pt",
+        f"convert {HERE}/sit4.pt {HERE}/new.safetensors",
+    ),
+    "models.__main__": ("--image-size 64",),
+    # Of these only the parser: a benchmark times what it does.
+    "benchmarks.compare": ("--size Ti",),
+    "benchmarks.edt": ("--model EDT-Ti/2",),
+    "benchmarks.mediators": ("--image-sizes 64 --mediators 4",),
+    "benchmarks.evaluator": ("--quick",),
+    "examples.digits": (f"prepare {HERE}/digits", f"report --data {HERE} --samples a --samples-amm b --run c --out {HERE}/d"),
+    "examples.switching": (f"--data {HERE} --samples a --samples-last b --switch-steps c --ckpts d --out {HERE}/e",),
+    "examples.compare": ("steps --model EDT-Ti/2 --batch-size 4 --budget-gmac 5", f"report --data a --runs b --out {HERE}/c"),
+}
+PARSED_ONLY = ("benchmarks.", "examples.")
+
+NUMBERS = (
+    "0", "1", "2", "3", "4", "5", "7", "9", "16", "32", "64", "-1", "-0", "0.5", "0.99", "1.5", "1e-3", "1e-30", "1e-320",
+    "1e30", "1e300", "1e999", "inf", "-inf", "nan", "100000", "1000000", "1000000000", "1000000000000", "2147483648",
+    "9223372036854775807", "9223372036854775808", "18446744073709551616", "9" * 5000, "1_000", "0x10", "1e3", " 3 ", "٣", "+2",
+)  # fmt: skip
+PATHS = tuple(
+    f"{HERE}/{name}"
+    for name in (
+        "images", "store", "edt.pt", "sit1.pt", "sit4.pt", "sit16.pt", "small.pt", "ref.npz", "samples.npz", "module.pt",
+        "labels.txt", "runs", "runs/000-EDT-Ti-2", "missing", "missing/deep/file.pt", "missing.npz", "missing.safetensors",
+        "empty", "text.txt", "text.txt/below", "broken", "loop", "fifo", "fifo.pt", "fifo.npz", "empty.pt", "empty.npz",
+        "noise.pt", "noise.npz", "noise.safetensors", "locked", "locked/file", "a" * 300, "ünïcode-Ω-文.pt", "new line\n.pt",
+        "",
+    )
+)  # fmt: skip
+WORDS = (
+    "", " ", "pixels", "ema", "sd-vae-ft-ema", "auto", "random", "balanced", "None", "True", "False", "0,1", "0,99", "-1,0",
+    ",", "exp:1,2", "exp:", "cos:999", "inception", "inception-tf", "timm:", "timm:no_such", "timm:vit_tiny_patch16_224",
+    "dopri5", "euler", "Heun", "ab4", "bosh3", "scipy_solver", "nul\0byte", "x" * 5000, "é", "文", "\udcff", "{}", "%s",
+    "owner/name",
+    "owner/name@main/file.pt", "https://user:s3cret-pass@host.invalid/a.pt?token=t0ken-value", "http://[::1", "https://",
+    "file:///no/such/file.pt", "file://host/file.pt", "https://host.invalid/a.pt#sha256=12", "ftp://host.invalid/a.pt",
+    "~", "-",
+)  # fmt: skip
+# A flag whose great values are no mistake of ours to find: processes as many, networks as large.
+KEPT_SMALL = {
+    "num_workers": ("0", "1", "-1", "x", "1.5"),
+    "model": ("EDT-Ti/2", "SiT-Ti/2", "DiT-Ti/2", "MDTv2-Ti/2", "EDT-S/2", "EDT-Q/2", "edt-ti/2"),
+}
+
+
+class _Parsed(BaseException):
+    """Carries a script's parser out of it."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """options: its spellings; empty for a positional. nargs: the most values it takes. values: of which many are accepted."""
+
+    options: tuple[str, ...]
+    nargs: int
+    values: tuple[str, ...]
+
+
+def main_of(script: str) -> Callable:
+    module = importlib.import_module(script)
+    if not script.startswith(PARSED_ONLY):
+        return module.main
+    if hasattr(module, "parse"):
+        return module.parse
+
+    def parse_only(argv: list[str]) -> None:
+        parse = cli.ArgumentParser.parse_args
+
+        def stop(*args, **kwargs):
+            parse(*args, **kwargs)
+            raise Worked
+
+        with mock.patch.object(cli.ArgumentParser, "parse_args", stop):
+            module.main(argv)
+
+    return parse_only
+
+
+@cache
+def flags_of(script: str) -> dict[str, tuple[Flag, ...]]:
+    """Every flag of a script's parser, by sub-command; "" where it has none."""
+
+    def catch(parser, *args, **kwargs):
+        raise _Parsed(parser)
+
+    with mock.patch.object(cli.ArgumentParser, "parse_args", catch):
+        try:
+            importlib.import_module(script).main([])
+        except _Parsed as parsed:
+            (parser,) = parsed.args
+    subparsers = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = subparsers[0] if subparsers else {"": parser}
+    return {
+        name: tuple(_flag(action) for action in one._actions if not isinstance(action, argparse._HelpAction))
+        for name, one in parsers.items()
+    }
+
+
+def _flag(action: argparse.Action) -> Flag:
+    accepted = [value for value in (*NUMBERS, *WORDS) if action.type and _takes(action.type, value)]
+    if action.dest in KEPT_SMALL:
+        values = KEPT_SMALL[action.dest]
+    elif isinstance(action, cli.BooleanFlag):
+        values = ("True", "False", "yes", "0", "exp:1,2", "maybe")
+    elif action.choices:
+        values = (*map(str, action.choices), "no such choice")
+    elif action.type is None or action.type is Path:
+        values = (*PATHS, *WORDS)
+    else:
+        values = tuple(accepted)
+    return Flag(tuple(action.option_strings), {"+": 3, "*": 3, "?": 1, None: 1, 0: 0}[action.nargs], values)
+
+
+def _takes(kind: Callable, value: str) -> bool:
+    try:
+        kind(value)
+    except (argparse.ArgumentTypeError, ValueError, TypeError):
+        return False
+    return True
+
+
+@st.composite
+def command_lines(draw_, script: str) -> list[str]:
+    """A good command line with some flags more, a positional replaced or an argument dropped."""
+    base = draw_(st.sampled_from(BASES[script])).split()
+    commands = flags_of(script)
+    flags = commands[base[0] if base[0] in commands else ""]
+    argv, positionals = list(base), [flag for flag in flags if not flag.options]  # these come first in BASES
+    for flag in draw_(st.lists(st.sampled_from(flags), max_size=4)):
+        garbage = draw_(st.integers(0, 19)) == 19
+        text = st.text(st.characters(exclude_characters="/~", exclude_categories=["Cs"]), max_size=20)
+        value = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(WORDS), text) if garbage else st.sampled_from(flag.values)
+        values = draw_(st.lists(value, min_size=min(1, flag.nargs), max_size=max(1, flag.nargs))) if flag.nargs else []
+        if not flag.options:
+            argv[positionals.index(flag) + (base[0] in commands)] = values[0]
+        elif len(values) == 1 and draw_(st.booleans()):
+            argv.append(f"{draw_(st.sampled_from(flag.options))}={values[0]}")
+        else:
+            argv += [draw_(st.sampled_from(flag.options)), *values]
+    if draw_(st.integers(0, 19)) == 19:
+        argv.pop(draw_(st.integers(0, len(argv) - 1)))
+    return argv
+
+
+# The tiny inputs.
+
+
+def make_inputs(folder: Path) -> Path:
+    """Images, their latent store, checkpoints, batches of images and a training run, and much that is none of these."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(path)
+    store = ["--data-path", str(folder / "images"), "--features-path", str(folder / "store")]
+    extract_features.main([*store, "--vae", "pixels", "--image-size", "16", "--num-workers", "0"])
+    for mediators in (1, 4, 16):
+        random_checkpoint(folder / f"sit{mediators}.pt", mediator_num=mediators, num_classes=3, seed=mediators)
+    random_checkpoint(folder / "small.pt", mediator_num=4, num_classes=3, input_size=8, objective=TRANSPORT)
+    train_mask_adan.main(BASES["train_mask_adan"][0].replace(HERE, str(folder)).split())
+    (run,) = (folder / "runs").iterdir()
+    os.link(run / "checkpoints" / "0000001.pt", folder / "edt.pt")
+    for name, extra in (("ref", {}), ("samples", {"arr_1": rng.integers(0, 3, 12)})):
+        np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (12, 4, 4, 3), np.uint8), **extra)
+    torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4)), folder / "module.pt")
+    (folder / "labels.txt").write_text("0\n1\n2\n")
+    _add_odd_ones(folder, rng)
+    return folder
+
+
+def _add_odd_ones(folder: Path, rng: np.random.Generator) -> None:
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("words")
+    (folder / "broken").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    for suffix in ("pt", "npz"):
+        (folder / f"empty.{suffix}").touch()
+    for suffix in ("pt", "npz", "safetensors"):
+        (folder / f"noise.{suffix}").write_bytes(rng.bytes(3000))
+
+
+def add_pitfalls(folder: Path) -> None:
+    """What cannot be copied: a folder that none but root enters, and pipes to which nobody writes, so that a reader waits."""
+    (folder / "locked").mkdir(mode=0)
+    for name in ("fifo", "fifo.pt", "fifo.npz"):
+        os.mkfifo(folder / name)
+
+
+# Running them.
+
+
+def fuzz_command_lines(num_cases: int, number: int, scripts: tuple[str, ...] = tuple(BASES)) -> Tally:
+    """``num_cases`` in all, shared out to the scripts; the same ones for the same seed ``number``."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+        template = make_inputs(Path(place) / "inputs")
+        for i, script in enumerate(scripts):
+            share = (i + 1) * num_cases // len(scripts) - i * num_cases // len(scripts)
+            for argv in draw(command_lines(script), share, number):
+                with case_folder(template) as folder:
+                    add_pitfalls(folder)
+                    tally.add(script, run_case(main_of(script), argv, folder), argv)
+    return tally
+
+
+def fuzz_subprocesses(num_cases: int, number: int, seconds: float = 90) -> Tally:
+    """The same in processes of their own, where nothing cuts the work short: whoever still works after a while has accepted
+    its arguments."""
+    tally, scripts = Tally(), [script for script in BASES if not script.startswith(PARSED_ONLY)]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+        template = make_inputs(Path(place) / "inputs")
+        for i in range(num_cases):
+            script = scripts[i % len(scripts)]
+            printable = command_lines(script).filter(lambda argv: not any("\0" in part or len(part) > 4000 for part in argv))
+            argv = draw(printable, num_cases // len(scripts) + 1, number)[i // len(scripts)]
+            with case_folder(template) as folder:
+                add_pitfalls(folder)
+                tally.add(f"{script} (process)", _run_process(script, argv, folder, seconds), argv)
+    return tally
+
+
+def _run_process(script: str, argv: list[str], folder: Path, seconds: float) -> Outcome:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", script.removesuffix(".__main__"), *(part.replace(HERE, str(folder)) for part in argv)]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        _, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.communicate()
+        return Outcome(SUCCESS, "still working")
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    if process.returncode == 0:
+        return Outcome(SUCCESS, "worked")
+    if process.returncode == 2 and "usage: " in err:
+        return Outcome(USAGE, err.splitlines()[-1])
+    if process.returncode == 1 and len(errors) == 1 and "Traceback" not in err:
+        return Outcome(CLEAR, errors[0])
+    return Outcome(FAILURE, f"exit code {process.returncode}: {err[-400:]}")

@@ -1,0 +1,69 @@
+"""Damaged files of every kind, read by the scripts that read such files."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hypothesis.strategies import SearchStrategy
+
+from tests.fuzz_batches import batch_command, make_batches, npz_cases, spoil_batch
+from tests.fuzz_checkpoints import READ_CHECKPOINT, checkpoint_cases, make_checkpoints, spoil_checkpoint
+from tests.fuzz_commands import main_of
+from tests.fuzz_images import READ_IMAGES, image_cases, make_images, spoil_images
+from tests.fuzz_stores import READ_STORE, make_stores, spoil_store, store_cases
+from tests.fuzzing import CLEAR, FAILURE, Outcome, Tally, case_folder, draw, run_case
+
+
+@dataclass(frozen=True)
+class Kind:
+    """make: fills a folder with good files. spoil: damages them in a case's folder as the case says. command: the script
+    that reads them and its arguments."""
+
+    cases: Callable[[], SearchStrategy]
+    make: Callable[[Path], None]
+    spoil: Callable[[dict, Path], None]
+    command: Callable[[dict], tuple[str, str]]
+
+
+def _by_name(commands: dict[str, tuple[str, str]]) -> Callable[[dict], tuple[str, str]]:
+    def command(case: dict) -> tuple[str, str]:
+        script, arguments = commands[case["read"]]
+        return script, arguments.replace("NAME", case.get("name", ""))
+
+    return command
+
+
+KINDS = {
+    "checkpoints": Kind(checkpoint_cases, make_checkpoints, spoil_checkpoint, _by_name(READ_CHECKPOINT)),
+    "npz": Kind(npz_cases, make_batches, spoil_batch, batch_command),
+    "images": Kind(image_cases, make_images, spoil_images, _by_name(READ_IMAGES)),
+    "stores": Kind(store_cases, make_stores, spoil_store, _by_name(READ_STORE)),
+}
+
+
+def fuzz_files(name: str, num_cases: int, number: int) -> Tally:
+    """name: one of KINDS. The same cases for the same seed ``number``."""
+    return run_files(name, draw(KINDS[name].cases(), num_cases, number))
+
+
+def run_files(name: str, cases: Sequence[dict]) -> Tally:
+    tally, kind = Tally(), KINDS[name]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+        template = Path(place) / "inputs"
+        kind.make(template / "files")
+        torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4)), template / "module.pt")
+        for case in cases:
+            with case_folder(template) as folder:
+                kind.spoil(case, folder)
+                script, arguments = kind.command(case)
+                tally.add(f"{name}: {script}", _named(run_case(main_of(script), arguments.split(), folder), folder), case)
+    return tally
+
+
+def _named(outcome: Outcome, folder: Path) -> Outcome:
+    """An error is clear only if it names a file."""
+    if outcome.kind != CLEAR or str(folder) in outcome.message or "out of memory" in outcome.message:
+        return outcome
+    return Outcome(FAILURE, f"names no file: {outcome.message}")
