@@ -1,5 +1,5 @@
-# make demo | demo-mediators | demo-compare | test | test-tf | test-cuda | lint | bench | demo-clean | clean. Needs Python 3.11,
-# git and make; everything else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
+# make demo | demo-mediators | demo-compare | test | test-tf | test-cuda | soak | lint | bench | demo-clean | clean. Needs Python
+# 3.11, git and make; everything else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TF_BIN := .venv-tf/bin
@@ -8,7 +8,7 @@ D := demo_output
 PROCESSES = $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count() or 2; print(2 ** (n.bit_length() - 1))")
 TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo demo-mediators demo-compare test test-tf test-cuda lint bench demo-clean clean
+.PHONY: demo demo-mediators demo-compare test test-tf test-cuda soak lint bench demo-clean clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt pyproject.toml
@@ -36,6 +36,12 @@ test-tf: .venv-tf/installed
 # On a machine with a GPU; test keeps off it.
 test-cuda: .venv/installed
 	REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/test_cuda.py
+
+# Half an hour of kills and fuzz.
+soak: .venv/installed
+	rm -f soak_report.md
+	$(BIN)/python -m pytest -m soak
+	cat soak_report.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument("--batch-size", type=cli.positive_int, default=32, help="images per batch and process")
     parser.add_argument(
         "--num-workers",
-        type=cli.non_negative_int,
+        type=cli.number(int, 0, 1024),
         default=min(4, os.cpu_count() or 1),
         help="processes that read images, beside each process; 0: none",
     )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from runtime import cli
 from runtime.distributed import start
+from runtime.files import check_writable
 from sampling.generate import generate
 from sampling.grids import save_grid
 from sampling.options import Pipeline, add_sampling_arguments, add_transport_arguments, build_pipeline
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = start()
     if state.num_processes > 1:
         raise ValueError("inference.py runs as one process; sample_ddp.py uses many")
+    check_writable(args.out)
     pipeline = build_pipeline(args, state.device)
     classes = parse_classes(args.classes, pipeline.num_classes)
     labels = [label for label in classes for _ in range(args.per_class)]

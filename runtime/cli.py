@@ -17,7 +17,10 @@ import torch
 
 from runtime import watch
 from runtime.distributed import SharedError, leave_group, lost_a_process
+from runtime.redact import redact
 
+# Of torch's plain RuntimeError, where the CPU's memory does not suffice.
+OUT_OF_MEMORY_WORDS = ("can't allocate memory", "Storage size calculation overflowed")
 TRUE_WORDS, FALSE_WORDS = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
@@ -86,8 +89,9 @@ def number(kind: type, minimum: float, maximum: float = math.inf, *, exclusive: 
     return parse
 
 
-positive_int = number(int, 1)
-non_negative_int = number(int, 0)
+INT_MAX = 2**31 - 1  # no count of images, steps or bytes here needs more, and libraries fail in many ways beyond
+positive_int = number(int, 1, INT_MAX)
+non_negative_int = number(int, 0, INT_MAX)
 positive_float = number(float, 0.0, exclusive=True)
 non_negative_float = number(float, 0.0)
 probability = number(float, 0.0, 1.0)
@@ -118,6 +122,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             watch.announce_failure()
         raise
     except BaseException as error:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
+            _fail(f"this machine ran out of memory: {first_line(error)}")
         if lost_a_process(error):
             # Where the launcher is ending all processes, this one's turn comes within the second.
             time.sleep(watch.TELL_SECONDS)
@@ -141,5 +147,5 @@ def _fail(message: str, code: int = 1, shared: bool = False) -> None:
     whose = watch.whose()
     if whose:
         print(file=sys.stderr)  # another process's progress bar may have left the line unfinished
-    print(f"error: {'' if shared else whose}{message}", file=sys.stderr, flush=True)
+    print(f"error: {'' if shared else whose}{redact(message)}", file=sys.stderr, flush=True)
     raise SystemExit(code)

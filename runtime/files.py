@@ -21,9 +21,12 @@ def atomic_file(path: str | os.PathLike, durable: bool = True) -> Iterator[Binar
     Raises OSError with the path and what to do; whatever was at ``path`` before is then untouched.
     """
     path, temporary = Path(path), _temporary(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}; name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # another's, or a link that leads elsewhere
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             if durable:
@@ -57,6 +60,8 @@ def check_writable(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file: name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _temporary(path).touch()

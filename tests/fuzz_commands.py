@@ -289,7 +289,8 @@ def fuzz_subprocesses(num_cases: int, number: int, seconds: float = 90) -> Tally
         for i in range(num_cases):
             script = scripts[i % len(scripts)]
             printable = command_lines(script).filter(lambda argv: not any("\0" in part or len(part) > 4000 for part in argv))
-            argv = draw(printable, num_cases // len(scripts) + 1, number)[i // len(scripts)]
+            drawn = draw(printable, 10 * (num_cases // len(scripts) + 1), number)
+            argv = drawn[-1 - i // len(scripts)]  # the first ones are the plainest
             with case_folder(template) as folder:
                 add_pitfalls(folder)
                 tally.add(f"{script} (process)", _run_process(script, argv, folder, seconds), argv)

@@ -16,7 +16,7 @@ from tests.launch import ROOT, run_script
 from tests.sit_checkpoints import random_checkpoint
 from tests.test_objective import argv, checkpoint_of
 from time_step_wise_adjusting import sample_ddp_three
-from training.options import _without_keys
+from training.options import _without_secrets
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_calibration_without_a_step_to_switch_at(fails, checkpoint):
 
 def test_the_key_is_hidden_in_both_forms():
     line = ["train.py", "--wandb_key", "first", "--wandb-key=second", "--wandb-name", "first"]
-    assert _without_keys(line) == ["train.py", "--wandb_key", "***", "--wandb-key=***", "--wandb-name", "first"]
+    assert _without_secrets(line) == ["train.py", "--wandb_key", "***", "--wandb-key=***", "--wandb-name", "first"]
 
 
 def test_an_error_of_the_main_process_is_told_once(checkpoint, tmp_path):

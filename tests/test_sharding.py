@@ -19,7 +19,7 @@ from runtime import cli
 from tests.launch import run_job
 from tests.runs import final_state, metrics, run_folder, train_argv
 from training import consolidate, shards
-from training.checkpoint import checkpoint_files, whole_checkpoint
+from training.checkpoint import checkpoint_files, remove_leftovers, whole_checkpoint
 from training.shards import FILES, join, read_facts, read_whole, split
 from training.step import TrainingStep
 
@@ -142,7 +142,7 @@ def test_shards_go_on_from_a_plain_run_and_it_from_them(latent_store, tmp_path, 
     checkpoints = run_folder(tmp_path / "mixed") / "checkpoints"
     flags = argv(latent_store, tmp_path / "mixed", *MDT)
     run_job("train_mask_adan", [*flags, "--fsdp", "--resume", checkpoints / "0000002.pt", "--max-steps", "4"], 2)
-    with pytest.raises(ValueError, match=r"0000004 is a sharded checkpoint: add --fsdp, or make one file .*consolidate"):
+    with pytest.raises(ValueError, match=r"0000004 is in shards: add --fsdp, or make one file of them .*0000004\.pt"):
         fresh_accelerate_state()
         train_mask_adan.main([*flags, "--resume", "auto"])
     consolidate.main([str(checkpoints / "0000004"), str(checkpoints / "0000004.pt")])
@@ -212,6 +212,14 @@ def test_a_damaged_newest_one_is_set_aside(copied, name, damage, said):
     assert said in remark and "set aside as 0000006.damaged" in remark
     with pytest.raises(ValueError, match=r"damaged|no sharded checkpoint"):
         consolidate.main([str(copied / "checkpoints" / "0000006.damaged"), str(copied / "out.pt")])
+
+
+def test_half_a_folder_that_a_kill_left_is_no_checkpoint_and_is_removed(copied):
+    checkpoints = copied / "checkpoints"
+    (checkpoints / "0000006").rename(checkpoints / ".0000006.tmp")  # one that is removed, or was not written to its end
+    assert [path.name for path in checkpoint_files(copied)] == ["0000004", "0000003"]
+    remove_leftovers(copied)
+    assert not list(checkpoints.glob(".*.tmp")) and (checkpoints / "0000004" / "facts.pt").is_file()
 
 
 class Code:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from runtime.cli import first_line
 from runtime.files import append_line, atomic_file
+from runtime.redact import redact_values
 
 METRICS = "metrics.jsonl"
 SMOOTHED_POINTS = 50  # of the moving average drawn over the raw curve
@@ -29,7 +30,9 @@ def open_trackers(accelerator: Accelerator, folder: Path, args: Namespace, resum
         name = args.wandb_name or folder.name
         known = {"id": _wandb_id(folder), "resume": "allow"} if accelerator.is_main_process else {}
         accelerator.trackers.append(
-            WandBTracker(project, entity=args.wandb_entity, name=name, dir=str(folder), config=vars(args), **known)
+            WandBTracker(
+                project, entity=args.wandb_entity, name=name, dir=str(folder), config=redact_values(vars(args)), **known
+            )
         )
     threading.excepthook = _all_but_disk_errors
     for tracker in accelerator.trackers:

@@ -17,6 +17,7 @@ from runtime.cli import (
     probability,
     seed,
 )
+from runtime.redact import redact
 from runtime.stopping import duration
 from training.objective import add_objective_arguments, resolve_objective
 from training.optim import OPTIMIZERS
@@ -155,17 +156,18 @@ def parse_training_arguments(parser: ArgumentParser, argv: Sequence[str] | None)
     resolve_objective(parser, args)
     if args.wandb_key:
         os.environ["WANDB_API_KEY"] = args.wandb_key
-        sys.argv = _without_keys(sys.argv)  # W&B records the command line
+    if args.wandb:
+        sys.argv = _without_secrets(sys.argv)  # W&B records the command line
     del args.wandb_key
     return args
 
 
-def _without_keys(argv: Sequence[str]) -> list[str]:
-    """The command line with every value of --wandb-key, in either form, replaced."""
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    """The command line with every value of --wandb-key, in either form, replaced, and nothing secret in URLs."""
     hidden, follows = [], False
     for arg in argv:
         name, equals, _ = arg.partition("=")
         is_key = name.replace("_", "-") == "--wandb-key"
-        hidden.append("***" if follows else f"{name}=***" if is_key and equals else arg)
+        hidden.append("***" if follows else f"{name}=***" if is_key and equals else redact(arg))
         follows = is_key and not equals
     return hidden

@@ -37,7 +37,7 @@ def read_state(args: Namespace, facts: dict, folder: Path, state: PartialState) 
     path = broadcast_object_list(chosen)[0]
     with together():
         if is_sharded(path) and not args.fsdp:
-            raise ValueError(f"--resume {path} is a sharded checkpoint: add --fsdp, or {how_to_consolidate(path)}")
+            raise ValueError(f"--resume {path} is in shards: add --fsdp, or {how_to_consolidate(path, f'{path}.pt')}")
         content = read_content(path)
         _compare(args, facts, content, path)
     return path, content

@@ -23,6 +23,7 @@ from runtime import watch
 from runtime.distributed import check_precision, my_share, note, start, start_training, together
 from runtime.fetch import fetch
 from runtime.locks import folder_lock
+from runtime.redact import redact_values
 from runtime.stopping import StopRequest
 from training.checkpoint import new_run_folder, remove_leftovers, run_folder_of
 from training.data import Batches, DataOrder
@@ -287,7 +288,7 @@ def _facts(args: Namespace, model: nn.Module, source: Source, objective: Objecti
     codec = {"name": source.codec, "scale": source.scale, "image_size": source.image_size}
     class_names = tuple(source.class_names or ())
     return {
-        "args": vars(args),
+        "args": redact_values(vars(args)),
         "data": {"num_images": source.num_images, "image_size": source.image_size},
         "config": describe(args.model, model.config, codec=codec, class_names=class_names, objective=objective.facts),
     }

@@ -68,7 +68,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        pass
+        self._average(*map(local, self._pairs), None)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.source.state_dict() | self.averages

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from models.checkpoints import read_file
 from models.checkpoints.files import SHARDED_FACTS
@@ -152,7 +153,7 @@ def read_facts(path: Path) -> dict:
     return facts
 
 
-def read_into(path: Path, facts: dict, model: dict[str, Tensor], averages: dict[str, Tensor], optimizer) -> dict:
+def read_into(path: Path, facts: dict, model: dict[str, Tensor], averages: dict[str, Tensor], optimizer: Optimizer) -> dict:
     """The whole content of a checkpoint, with DTensors in shards like those of this run. Called by all processes.
 
     model, averages: state dicts that are read into. optimizer: whose parameters tell how its state is to be sharded.
@@ -185,7 +186,7 @@ def read_whole(path: Path) -> dict:
 def _read_tensors(tensors: dict[str, Tensor], path: Path, no_dist: bool = False) -> None:
     try:
         if no_dist:
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.fspath(path)), no_dist=no_dist)
     except CheckpointException as error:
         raise SharedError(f"cannot read {path}: {_first_failure(error)}") from error

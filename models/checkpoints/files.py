@@ -53,8 +53,8 @@ def weights_file(path: str | os.PathLike) -> Path:
     )
 
 
-def how_to_consolidate(path: Path) -> str:
-    return f"make one file of them with python -m training.consolidate {path} OUT.pt"
+def how_to_consolidate(path: Path, out: str = "OUT.pt") -> str:
+    return f"make one file of them with python -m training.consolidate {path} {out}"
 
 
 def is_safetensors(path: Path) -> bool:
