@@ -11,6 +11,9 @@ from models import create_model
 from models.checkpoints import describe
 from runtime.files import append_line
 from tests import kills
+from tests.fuzz_commands import fuzz_command_lines, fuzz_subprocesses
+from tests.fuzz_files import fuzz_files
+from tests.fuzzing import Tally
 from tests.runs import assert_same_run, train_argv
 from tests.shared import perturb
 from tests.sit_checkpoints import random_checkpoint
@@ -113,6 +116,8 @@ def test_killed_and_continued_equals_uninterrupted(name, inputs, tmp_path):
     code, moments = kills.run(case.script, arguments(case, inputs, tmp_path / "whole"))
     assert code == 0
     argv = arguments(case, inputs, tmp_path / "killed")
+    if not REPORT.exists():
+        report("| script | kills | moments of an uninterrupted run | last state |\n|---|---|---|---|")
     made = kills.run_with_kills(case.script, argv, case.num_kills, seed=len(name), longest=case.longest, seconds=case.seconds)
     if case.trains:
         keep_the_finished_run(tmp_path / "killed")
@@ -122,3 +127,27 @@ def test_killed_and_continued_equals_uninterrupted(name, inputs, tmp_path):
         assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert made >= case.num_kills // 2, "too few kills fell into the work: enlarge it"
     report(f"| {name} | {made} | {moments} | bitwise equal |")
+
+
+FILES = {"checkpoints": 250, "npz": 200, "images": 150, "stores": 200}  # and 2,200 command lines: 3,000 cases
+
+
+def check(tally: Tally, title: str, num_cases: int) -> None:
+    report(f"\n{title}\n\n{tally.table()}")
+    assert not tally.failures, "\n".join(tally.failures)
+    assert sum(counts.total() for counts in tally.counts.values()) == num_cases
+
+
+def test_fuzzed_command_lines():
+    check(fuzz_command_lines(2200, 1), "Command lines, in this process:", 2200)
+
+
+def test_fuzzed_files():
+    tally = Tally()
+    for kind, num_cases in FILES.items():
+        tally.update(fuzz_files(kind, num_cases, 1))
+    check(tally, "Damaged files, in this process:", sum(FILES.values()))
+
+
+def test_fuzzed_processes():
+    check(fuzz_subprocesses(30, 1, seconds=40), "Command lines, in processes of their own:", 30)
