@@ -40,8 +40,7 @@ test-cuda: .venv/installed
 # Half an hour of kills and fuzz.
 soak: .venv/installed
 	rm -f soak_report.md
-	$(BIN)/python -m pytest -m soak tests/test_soak.py tests/test_elastic.py
-	cat soak_report.md
+	$(BIN)/python -m pytest -m soak tests/test_soak.py tests/test_elastic.py; status=$$?; cat soak_report.md; exit $$status
 
 lint: .venv/installed
 	$(BIN)/ruff check .

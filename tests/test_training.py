@@ -249,3 +249,27 @@ def test_sample_every_draws_a_grid(latent_store, tmp_path):
     argv = train_argv(latent_store, tmp_path, "--max-steps", "2", "--sample-every", "1", "--sample-steps", "2")
     train_mask_adan.main(argv)
     assert sorted(path.name for path in tmp_path.glob("*/samples/*.png")) == ["0000001.png", "0000002.png"]
+
+
+def test_in_fp16_a_loss_scale_that_is_too_high_is_halved_until_steps_are_made(store, monkeypatch):
+    """As on a GPU, with torch's scaler of the CPU: accelerate itself refuses fp16 there."""
+    accelerator = start_training("fp32")
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    wrapped, optimizer = accelerator.prepare(model.train(), create_optimizer("adamw", model.parameters(), 1e-3))
+    wrapped.forward = model.__class__.forward.__get__(model)  # in fp32 after all
+    batches = Batches(store, DataOrder(store.num_images, 6, seed=3), range(6), null_label=3)
+    step = TrainingStep(
+        accelerator, wrapped, optimizer, EMA(model, 0.9), create_diffusion(min_snr_gamma=5), UniformSampler(), 3, 6, range(6), 6
+    )
+    losses = step.diffusion.training_losses
+    large = lambda *args, **kwargs: {key: 1e4 * loss for key, loss in losses(*args, **kwargs).items()}  # noqa: E731
+    monkeypatch.setattr(step.diffusion, "training_losses", large)  # scaled, their gradient is infinite
+    faults = [step(k, batches(k), 1e-3).fault for k in range(24)]
+    assert faults[0] == "the gradient is not finite" and faults[-1] is None
+    skipped = sum(fault is not None for fault in faults)
+    assert faults == ["the gradient is not finite"] * skipped + [None] * (24 - skipped)
+    assert accelerator.scaler.get_scale() == 2.0 ** (127 - skipped)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
