@@ -29,6 +29,7 @@ class Source(Protocol):
     latent_shape: tuple[int, int, int]  # (C, S, S)
     has_flip: bool  # rows() can mirror
     needs_noise: bool  # rows() draws from a posterior
+    provenance: dict  # plain values that tell these data from others of the same size
 
     def rows(self, indices: Sequence[int], flip: np.ndarray | None = None, noise: Tensor | None = None) -> Tensor:
         """Scaled latents, float32 (B, C, S, S), on any device.
@@ -58,6 +59,7 @@ class ImageSource:
         self.path, self.num_images = self.images.path, len(self.images)
         self.labels, self.class_names = self.images.labels, self.images.class_names
         self.num_classes = len(self.class_names)
+        self.provenance = {"kind": "images", "codec": self.codec, "listing": self.images.digest()}
         # Threads suffice: Pillow lets go of the interpreter's lock while it decodes and resizes.
         self._map = ThreadPoolExecutor(num_workers, thread_name_prefix="images").map if num_workers else map
 
@@ -114,6 +116,7 @@ class DummySource:
         self.latent_shape = latent_shape or (channels, image_size // downsample, image_size // downsample)
         self.num_images, self.num_classes, self.image_size, self.codec = num_images, num_classes, image_size, codec
         self.labels = np.arange(num_images, dtype=np.int64) % num_classes
+        self.provenance = {"kind": "dummy"}
 
     def __len__(self) -> int:
         return self.num_images

@@ -72,7 +72,7 @@ class LatentStore:
     meta: dict as in meta.json. num_images: the rows there are, without the images left out by --skip-bad.
     labels: np.int64 (num_images,), None where a store without labels was allowed. latent_shape: (C, S, S).
     codec, scale: what the latents were made with. has_flip: mirrored latents are there.
-    needs_noise: the store holds moments, so :meth:`rows` draws from the posterior.
+    needs_noise: the store holds moments, so :meth:`rows` draws from the posterior. provenance: see data.sources.Source.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class LatentStore:
         channels, *sides = meta["shape"][1:]
         self.latent_shape = (channels // 2 if self.needs_noise else channels, *sides)
         self.num_images = meta["shape"][0] if written is None else len(written)
+        self.provenance = {"kind": meta["store"], "codec": self.codec, "flip": self.has_flip}
+        self.provenance |= {name: meta[name] for name in ("seed", "listing") if name in meta}
 
     @classmethod
     def open(cls, path: str | os.PathLike, labels_required: bool = True) -> "LatentStore":

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -62,6 +63,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashes(arg) for arg in args], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:  # of flags only the names: the value of a misspelt one may be a key
+            flags = [arg.partition("=")[0] for arg in unknown if arg.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 def _dashes(arg: str) -> str:

@@ -139,7 +139,7 @@ def _split(name: str) -> Source:
         return Source(name, None)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if not match:
-        raise ValueError(f"{redact(address)}: write the checksum as #sha256= and its 64 hexadecimal digits, got #{fragment}")
+        raise ValueError(f"{redact(address)}: write the checksum as #sha256= and its 64 hexadecimal digits")
     return Source(address, match[1].lower())
 
 

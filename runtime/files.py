@@ -249,6 +249,7 @@ def append_line(path: str | os.PathLike, line: str) -> None:
             try:
                 while data:  # more than once only after a short write, whose reason the next one tells
                     data = data[os.write(descriptor, data) :]
+                os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, size)
                 raise

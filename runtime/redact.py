@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:)//[^/?#\s]*@")
+# Up to the @, or with a colon before it that begins no port also beyond characters that a password must not hold.
+USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:)//(?:[^/?#\s]*@|[^/?#\s:@]+:(?!\d+[/?#])\S*@)")
 QUERY = re.compile(r"(?P<url>[A-Za-z][A-Za-z0-9+.-]*://[^?#\s]*)\?[^#\s]*")
 
 

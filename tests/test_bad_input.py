@@ -124,11 +124,11 @@ def test_malicious_pickle_is_refused(monkeypatch, capsys, tmp_path, protocol):
 def test_unknown_and_malformed_flags(monkeypatch, capsys, latent_store):
     base = ["--feature-path", latent_store]
     for argv, words in (
-        ([*base, "--modle", "EDT-S/2"], "unrecognized arguments: --modle EDT-S/2"),
+        ([*base, "--modle", "EDT-S/2"], "unrecognized arguments: --modle"),
         ([*base, "--model", "EDT-Q/2"], "invalid choice: 'EDT-Q/2'"),
         ([*base, "--max-steps", "0"], "--max-steps: 0 must be at least 1"),
         ([*base, "--masked", "maybe"], "--masked takes True or False, got 'maybe'"),
-        ([*base, "--resume", "auto", "--init-from", "x"], "use one of them"),
+        ([*base, "--resume", "runs", "--init-from", "x"], "use one of them"),
         ([], "one of the arguments --feature-path --data-path --dummy/--no-dummy is required"),
     ):
         assert words in fails(monkeypatch, capsys, train_mask_adan.main, argv, code=2)

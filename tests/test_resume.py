@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,20 @@ import torch
 import train_mask_adan
 from attention_mediator import train as train_sit
 from diffusion import timesteps
+from runtime import watch
 from runtime.stopping import StopRequest, duration
 from tests import kills
-from tests.runs import assert_same_run, assert_same_state, final_state, metrics, run_folder, train_argv
+from tests.runs import (
+    assert_same_run,
+    assert_same_state,
+    final_state,
+    in_step,
+    keep_the_finished_run,
+    metrics,
+    run_folder,
+    train_argv,
+)  # fmt: skip
+from training.checkpoint import _check_archive, checkpoint_files
 from training.step import TrainingStep
 
 
@@ -33,29 +45,13 @@ def continued(uninterrupted, tmp_path) -> Path:
     return tmp_path / "runs"
 
 
-def in_step(monkeypatch, number: int, act) -> None:
-    """act(batch) at the beginning of a step."""
-    call = TrainingStep.__call__
-
-    def watched(self, step, batch, lr, **kwargs):
-        if step == number:
-            act(batch)
-        return call(self, step, batch, lr, **kwargs)
-
-    monkeypatch.setattr(TrainingStep, "__call__", watched)
-
-
 def test_resume_after_kills_is_bitwise_the_uninterrupted_run(latent_store, uninterrupted, tmp_path):
     """Published training restored the optimizer only."""
-    argv = train_argv(latent_store, tmp_path, "--resume", "auto")
-    assert kills.run_with_kills("train_mask_adan", argv, num_kills=4, seed=0, longest=60) >= 2
-    # A run killed before its first checkpoint leaves a folder without one.
-    (folder,) = [path for path in tmp_path.iterdir() if list(path.glob("checkpoints/*.pt"))]
-    results = tmp_path / "found"
-    results.mkdir()
-    shutil.move(folder, results / folder.name)
-    assert_same_run(results, uninterrupted)
-    assert not list(results.rglob(".*.tmp"))
+    line = lambda k: train_argv(latent_store, tmp_path / str(k), "--resume", "auto")  # noqa: E731
+    for k in range(kills.run_with_kills("train_mask_adan", line, num_kills=4, seed=0, longest=60)):
+        keep_the_finished_run(tmp_path / str(k))
+        assert_same_run(tmp_path / str(k), uninterrupted)
+        assert not list((tmp_path / str(k)).rglob(".*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -93,10 +89,11 @@ def test_stopped_between_log_lines_and_resumed_is_bitwise_uninterrupted(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_other_signals_stop_too(latent_store, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
     in_step(monkeypatch, 0, lambda batch: os.kill(os.getpid(), number))
     train_mask_adan.main(train_argv(latent_store, tmp_path))
     assert final_state(tmp_path)["step"] == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
+    assert signal.getsignal(number) is before
 
 
 def send_sigint_twice() -> None:
@@ -119,11 +116,12 @@ def test_a_second_signal_ends_at_once(latent_store, tmp_path):
 
 def test_under_a_launcher_what_it_forwards_is_not_a_second_signal(monkeypatch):
     """A terminal interrupts the launcher and its workers, and the launcher then asks the workers to end."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(watch, "LAUNCHED", True)
     with StopRequest() as stop:
         assert stop.reason is None
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
+        time.sleep(0.1)  # the thread hears them, too
         assert stop.reason == "SIGINT"
 
 
@@ -173,6 +171,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(latent_store, uninterrupted, c
     message = capsys.readouterr().err
     assert f"{newest} is damaged" in message and "it is set aside as 0000006.pt.damaged" in message
     assert (folder / "checkpoints" / "0000006.pt.damaged").exists()
+    assert (folder / "checkpoints" / "latest").resolve().name == "0000006.pt"  # made again
 
 
 def test_no_whole_checkpoint_or_a_damaged_one_by_name(latent_store, continued, fails):
@@ -183,7 +182,41 @@ def test_no_whole_checkpoint_or_a_damaged_one_by_name(latent_store, continued, f
     assert (folder / "0000004.pt").exists()  # nothing is renamed that the user named
     for path in folder.glob("*.pt"):
         cut(path)
-    assert "no checkpoint of" in fails(train_mask_adan.main, *train_argv(latent_store, continued, "--resume", "auto"))
+    for _ in range(2):  # and nothing where none is left: the next attempt would begin anew without a word
+        assert "no checkpoint of" in fails(train_mask_adan.main, *train_argv(latent_store, continued, "--resume", "auto"))
+    assert len(list(folder.glob("*.pt"))) == 3
+
+
+def test_a_checkpoint_of_older_code_is_not_damaged(latent_store, continued, fails):
+    folder = run_folder(continued) / "checkpoints"
+    state = torch.load(folder / "0000006.pt", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "skipped"}, folder / "0000006.pt")
+    message = fails(train_mask_adan.main, *train_argv(latent_store, continued, "--resume", "auto"))
+    assert "0000006.pt lacks skipped: no run can go on from it" in message
+    assert (folder / "0000006.pt").exists()
+
+
+def test_a_flipped_bit_in_the_table_of_contents_is_harmless_or_told(continued):
+    """One says "encrypted", which ended in a traceback."""
+    path = run_folder(continued) / "checkpoints" / "0000006.pt"
+    data, told = path.read_bytes(), 0
+    entry = data.rindex(b"PK\x01\x02")
+    for bit in range(8 * entry, 8 * (entry + 46)):  # the fixed part of the last file's entry
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            _check_archive(path)
+        except ValueError:
+            told += 1
+    assert told > 100
+
+
+def test_folders_that_are_set_aside_are_no_checkpoints(tmp_path):
+    for name in ("0000002", "0000004.set-aside", "0000006.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "facts.pt").touch()
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["0000002"]
 
 
 def test_changed_flags_are_refused_unless_allowed(latent_store, continued, capsys, fails, fresh_accelerate_state):
@@ -227,7 +260,48 @@ def test_other_data_is_refused(latent_store, image_folder, continued, tmp_path, 
     store = tmp_path / "fewer"
     extract_features.main(["--data-path", str(tmp_path / "images"), "--features-path", str(store), "--vae", "pixels",
                            "--image-size", "16", "--num-workers", "0"])  # fmt: skip
-    assert "num-images 14 -> 13" in fails(train_mask_adan.main, *train_argv(store, continued, "--resume", "auto"))
+    assert "num-images 14 -> 13, listing " in fails(train_mask_adan.main, *train_argv(store, continued, "--resume", "auto"))
+
+
+def test_as_many_other_images_are_refused(latent_store, image_folder, continued, fails):
+    argv = [flag for flag in train_argv(latent_store, continued, "--resume", "auto") if flag not in (str(latent_store),)]
+    argv[argv.index("--feature-path")] = "--data-path"
+    argv.insert(argv.index("--data-path") + 1, str(image_folder))
+    message = fails(train_mask_adan.main, *argv, "--vae", "pixels", "--image-size", "16")
+    assert "kind latents -> images" in message
+
+
+def test_a_changed_weight_decay_has_an_effect(latent_store, continued):
+    """The optimizer's state brought the old one back."""
+    argv = train_argv(latent_store, continued, "--resume", "auto", "--allow-changed", "--weight-decay", "0.3")
+    train_mask_adan.main([*argv, "--max-steps", "7"])
+    state = final_state(continued)
+    assert state["args"]["weight_decay"] == 0.3 and [group["weight_decay"] for group in state["opt"]["param_groups"]] == [0.3]
+
+
+def test_a_warm_start_that_was_stopped_goes_on_by_the_same_command(latent_store, uninterrupted, tmp_path, monkeypatch):
+    start = run_folder(uninterrupted) / "checkpoints" / "0000006.pt"
+    argv = train_argv(latent_store, tmp_path, "--init-from", str(start), "--resume", "auto")
+    with monkeypatch.context() as patch:
+        in_step(patch, 0, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
+        train_mask_adan.main(argv)
+    assert final_state(tmp_path)["step"] == 1
+    train_mask_adan.main(argv)
+    assert final_state(tmp_path)["step"] == 6
+
+
+def test_going_back_twice_keeps_both(latent_store, continued):
+    """The second time overwrote what the first had set aside."""
+    folder = run_folder(continued) / "checkpoints"
+    argv = train_argv(latent_store, continued, "--resume", str(folder / "0000002.pt"), "--max-steps", "4", "--allow-changed")
+    before = {}
+    for seed in ("1", "2"):
+        before[seed] = (folder / "0000004.pt").read_bytes()
+        train_mask_adan.main([*argv, "--seed", seed])
+    assert (folder / "0000004.pt.set-aside").read_bytes() == before["1"]
+    assert (folder / "0000004.pt.set-aside.1").read_bytes() == before["2"]
+    logs = [(folder.parent / f"metrics.jsonl.set-aside{end}").read_text() for end in ("", ".1")]
+    assert len(logs[0].splitlines()) == 3 and len(logs[1].splitlines()) == 2
 
 
 def test_going_back_to_an_older_checkpoint(latent_store, continued):
@@ -256,18 +330,47 @@ def nan(batch) -> None:
     batch.x0[0, 0, 0, 0] = float("nan")
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(latent_store, tmp_path, monkeypatch, capsys):
-    in_step(monkeypatch, 3, nan)
-    every = ("--keep-checkpoints", "0", "--ckpt-every", "1", "--log-every", "1", "--lr-decay-steps", "0")
-    train_mask_adan.main(train_argv(latent_store, tmp_path, *every))
-    folder = run_folder(tmp_path) / "checkpoints"
-    before, after = (torch.load(folder / f"000000{step}.pt", weights_only=True) for step in (3, 4))
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(
+    latent_store, tmp_path, monkeypatch, capsys, fresh_accelerate_state
+):
+    flags = ("--log-every", "1", "--lr-decay-steps", "0")
+    train_mask_adan.main(train_argv(latent_store, tmp_path / "before", *flags, "--max-steps", "3"))
+
+    def spoil(batch) -> None:
+        nan(batch)
+        os.kill(os.getpid(), signal.SIGTERM)  # so that it is saved
+
+    argv = train_argv(latent_store, tmp_path / "runs", *flags, "--resume", "auto")
+    with monkeypatch.context() as patch:
+        in_step(patch, 3, spoil)
+        fresh_accelerate_state()
+        train_mask_adan.main(argv)
+    before, after = final_state(tmp_path / "before"), final_state(tmp_path / "runs")
     assert after["skipped"] == after["skipped_in_a_row"] == 1
     assert_same_state(before, {**after, **{key: before[key] for key in ("step", "skipped", "skipped_in_a_row")}})
     assert "step       4  skipped: the loss is not finite on process 0 (1 in a row, 1 in all)" in capsys.readouterr().out
-    assert [record["skipped_steps"] for record in metrics(tmp_path)] == [0, 0, 0, 1, 1, 1]
-    assert [record.get("loss", 0) > 0 for record in metrics(tmp_path)] == [True, True, True, False, True, True]
-    assert final_state(tmp_path)["skipped_in_a_row"] == 0
+    fresh_accelerate_state()
+    train_mask_adan.main(argv)
+    assert [record["skipped_steps"] for record in metrics(tmp_path / "runs")] == [0, 0, 0, 1, 1, 1]
+    assert [record.get("loss", 0) > 0 for record in metrics(tmp_path / "runs")] == [True, True, True, False, True, True]
+    assert final_state(tmp_path / "runs")["skipped_in_a_row"] == 0
+
+
+def test_skipped_steps_are_counted_over_a_resume(latent_store, tmp_path, monkeypatch, fails, fresh_accelerate_state):
+    call = TrainingStep.__call__
+
+    def poisoned(self, step, batch, lr, **kwargs):
+        nan(batch)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, step, batch, lr, **kwargs)
+
+    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
+    argv = train_argv(latent_store, tmp_path, "--max-skipped-steps", "4", "--resume", "auto")
+    train_mask_adan.main(argv)
+    fresh_accelerate_state()
+    message = fails(train_mask_adan.main, *argv)
+    assert "in step 4, the last of 4 skipped in a row" in message
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(latent_store, tmp_path, monkeypatch, fails):
@@ -281,9 +384,8 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(latent_store, tmp_path,
     monkeypatch.setattr(TrainingStep, "__call__", poisoned)
     message = fails(train_mask_adan.main, *train_argv(latent_store, tmp_path, "--max-skipped-steps", "3"))
     assert "the loss is not finite on process 0 in step 6, the last of 3 skipped in a row" in message
-    assert "the last good checkpoint is" in message and "0000004.pt" in message
-    state = final_state(tmp_path)
-    assert all(value.isfinite().all() for value in state["model"].values())
+    assert "the last good checkpoint is" in message and "0000002.pt" in message  # not 0000004.pt, from amid the skipped steps
+    assert final_state(tmp_path)["step"] == 2
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped(latent_store, tmp_path, monkeypatch, capsys):

@@ -4,10 +4,12 @@ In the place of ``<step>.pt`` may stand a sharded checkpoint, the folder ``<step
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 
 from models.checkpoints import read_file
@@ -15,8 +17,9 @@ from models.checkpoints.files import SHARDED_FACTS
 from runtime.files import save_atomic
 from training.shards import check_files, is_sharded, read_facts
 
-LATEST = "latest"
-ENTRIES = ("model", "ema", "opt", "step", "config", "args", "data", "sampler", "skipped")  # without which no run goes on
+LATEST, METRICS = "latest", "metrics.jsonl"
+# Without which no run goes on.
+ENTRIES = dict.fromkeys(("model", "ema", "opt", "config", "args", "data", "sampler"), dict) | {"step": int, "skipped": int}
 
 
 def new_run_folder(results_dir: str | os.PathLike, model_name: str) -> Path:
@@ -48,7 +51,7 @@ def checkpoint_files(run_folder: Path) -> list[Path]:
     paths = [
         path
         for path in (run_folder / "checkpoints").glob("*")
-        if path.stem.isdecimal() and (path.suffix == ".pt" or is_sharded(path))
+        if path.stem.isdecimal() and (path.suffix == ".pt" or (path.suffix == "" and is_sharded(path)))
     ]
     return sorted(paths, key=lambda path: (int(path.stem), path.suffix), reverse=True)
 
@@ -65,11 +68,19 @@ def save_checkpoint(state: dict, run_folder: Path, step: int, keep: int) -> Path
     return path
 
 
-def make_latest(path: Path, keep: int) -> None:
+def make_latest(path: Path, keep: int = 0) -> None:
     """Move ``latest`` to a new checkpoint that is whole, then remove all but the newest ``keep`` of its run."""
     _point_latest_to(path)
-    for old in checkpoint_files(path.parent.parent)[keep:] if keep else []:
-        _remove(old)
+    paths = checkpoint_files(path.parent.parent)
+    steps = sorted({int(path.stem) for path in paths}, reverse=True)  # of one step there may be a file and a folder
+    for old in paths if keep else []:
+        if int(old.stem) not in steps[:keep]:
+            _remove(old)
+
+
+def is_latest(path: Path) -> bool:
+    latest = path.resolve().with_name(LATEST)
+    return latest.exists() and latest.resolve() == path.resolve()
 
 
 def _remove(path: Path) -> None:
@@ -83,14 +94,22 @@ def _remove(path: Path) -> None:
 
 def set_newer_aside(run_folder: Path, step: int) -> list[Path]:
     """Going on from an older checkpoint: later ones are renamed ``<step>.pt.set-aside``, so that they are neither continued
-    from nor counted. Returns them."""
+    from nor counted, and the log that belongs to them is copied. Returns them."""
     newer = [path for path in checkpoint_files(run_folder) if int(path.stem) > step]
     for path in newer:
-        path.rename(path.with_name(path.name + ".set-aside"))
-    left = checkpoint_files(run_folder)
-    if newer and left:
-        _point_latest_to(left[0])
+        path.rename(_free_name(path, ".set-aside"))
+    if newer:
+        _point_latest_to(checkpoint_files(run_folder)[0])
+        log = run_folder / METRICS
+        if log.exists():
+            shutil.copyfile(log, _free_name(log, ".set-aside"))
     return newer
+
+
+def _free_name(path: Path, ending: str) -> Path:
+    """``<path><ending>``, or with a number where that is taken."""
+    names = itertools.chain([""], (f".{i}" for i in itertools.count(1)))
+    return next(free for name in names if not (free := path.with_name(f"{path.name}{ending}{name}")).exists())
 
 
 def _point_latest_to(path: Path) -> None:
@@ -124,40 +143,54 @@ def run_folder_of(resume: str, results_dir: str | os.PathLike, model_name: str) 
     return folder.parent
 
 
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written."""
+
+
 def whole_checkpoint(resume: str, folder: Path) -> tuple[Path, list[str]]:
     """The checkpoint of the run in ``folder`` to go on from, and what there is to say of others.
 
     resume: the file, where it names one other than ``latest``; otherwise the newest that is whole: newer ones that are damaged
-    are renamed ``<name>.damaged``. Raises ValueError where none is left, or the named one is damaged. One process calls this
-    before others read.
+    are then renamed ``<name>.damaged``. Raises ValueError where none is whole, the named one is damaged, or one that is whole
+    holds no training state. One process calls this before others read.
     """
     is_folder = Path(resume).is_dir() and not is_sharded(Path(resume))
     if resume != "auto" and not is_folder and Path(resume).name != LATEST:
         check_whole(Path(resume).resolve())
         return Path(resume).resolve(), []
-    remarks = []
+    damaged = []
     for path in checkpoint_files(folder):
         try:
             check_whole(path)
-        except ValueError as error:
-            path.rename(path.with_name(path.name + ".damaged"))
-            remarks.append(f"{error}; it is set aside as {path.name}.damaged")
+        except DamagedError as error:
+            damaged.append((path, error))
             continue
-        if remarks:
+        remarks = []
+        for other, error in damaged:
+            aside = other.rename(_free_name(other, ".damaged"))
+            remarks.append(f"{error}; it is set aside as {aside.name}")
+        if damaged:
             _point_latest_to(path)
         return path, remarks
-    raise ValueError(f"--resume {resume}: no checkpoint of {folder} is whole; {'; '.join(remarks)}")
+    reasons = "; ".join(str(error) for _, error in damaged)
+    raise ValueError(f"--resume {resume}: no checkpoint of {folder} is whole: {reasons}")
 
 
 def check_whole(path: Path) -> None:
-    """Raises ValueError for a file whose bytes are not those that were written, or that holds no training state."""
-    _check_archive(path / SHARDED_FACTS if is_sharded(path) else path)
-    if is_sharded(path):
-        check_files(path)
-    content = read_content(path)
-    missing = [key for key in ENTRIES if key not in content]
+    """Raises DamagedError for a file whose bytes are not those that were written, ValueError for one that holds no training
+    state."""
+    try:
+        _check_archive(path / SHARDED_FACTS if is_sharded(path) else path)
+        if is_sharded(path):
+            check_files(path)
+        content = read_content(path)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    missing = [key for key, kind in ENTRIES.items() if not isinstance(content.get(key), kind)]
     if missing:
-        raise ValueError(f"--resume {path}: {', '.join(missing)} missing, a run cannot be continued from it; try --init-from")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: no run can be continued from it; start a new one with --init-from"
+        )
 
 
 def read_content(path: Path) -> dict:
@@ -169,7 +202,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch itself does not look at the checksums
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, FileNotFoundError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # a flipped bit may say "encrypted"
         raise ValueError(f"{path} is damaged ({error})") from None
     if broken:
         raise ValueError(f"{path} is damaged (the checksum of {broken} is wrong)")

@@ -2,7 +2,8 @@
 
     python -m training.consolidate RUN/checkpoints/0400000 OUT.pt
 
-One process; it needs memory for all of the result. Written as RUN/checkpoints/0400000.pt, the run resumes from it.
+One process; it needs memory for all of the result. Written as RUN/checkpoints/0400000.pt, the run resumes from it, samples are
+made from checkpoints/latest, and it is removed with the folder when newer ones take their place.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from runtime import cli
 from runtime.files import check_writable, save_atomic
-from training.checkpoint import check_whole
+from training.checkpoint import check_whole, is_latest, make_latest
 from training.shards import is_sharded, read_whole
 
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_whole(args.folder)
     state = read_whole(args.folder)
     save_atomic(state, args.out)
+    if args.out.resolve() == args.folder.resolve().with_suffix(".pt") and is_latest(args.folder):
+        make_latest(args.out.resolve())
     print(f"{args.out}: {state['config']['model']} after step {state['step']}")
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from runtime.cli import first_line
 from runtime.files import append_line, atomic_file
 from runtime.redact import redact_values
+from training.checkpoint import METRICS
 
-METRICS = "metrics.jsonl"
 SMOOTHED_POINTS = 50  # of the moving average drawn over the raw curve
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion
+from runtime.distributed import SharedError
 from runtime.stopping import StopRequest
 from training.checkpoint import checkpoint_files, set_newer_aside
 from training.data import Batches
@@ -64,11 +65,13 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint's content. Model and EMA weights are expected to be loaded already."""
         optimizer = self.train_step.optimizer
-        here = [group.get("foreach") for group in optimizer.param_groups]  # a choice by device, not part of the run's state
+        # foreach is a choice by device; the weight decay may have been changed, with --allow-changed.
+        here = [
+            {name: group[name] for name in ("foreach", "weight_decay") if name in group} for group in optimizer.param_groups
+        ]
         optimizer.load_state_dict(state["opt"])
-        for group, foreach in zip(optimizer.param_groups, here, strict=True):
-            if "foreach" in group:
-                group["foreach"] = foreach
+        for group, values in zip(optimizer.param_groups, here, strict=True):
+            group.update(values)
         self.train_step.timestep_sampler.load_state_dict(state["sampler"])
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -101,13 +104,14 @@ class Run:
                 self.sums, self.summed_steps = torch.zeros_like(self.sums), 0
                 if is_last or self.step % (schedule.log_every * DRAWS_OF_LOSS) == 0:
                     log.draw()
-            if is_last or outcome.leave or self.step % schedule.ckpt_every == 0:
+            # Not amid skipped steps: the newest checkpoint stays the last one from before them.
+            if is_last or outcome.leave or (self.step % schedule.ckpt_every == 0 and not self.skipped_in_a_row):
                 self._save()
+            if self.sample and schedule.sample_every and self.step % schedule.sample_every == 0:
+                self.sample(self.train_step.ema.model, self.folder, self.step)
             if outcome.leave and not is_last:
                 self._say_how_to_go_on(log, stop.reason or "another process")
                 break
-            if self.sample and schedule.sample_every and self.step % schedule.sample_every == 0:
-                self.sample(self.train_step.ema.model, self.folder, self.step)
         else:
             log.message(f"done: {self.step} steps, {self.folder}")
 
@@ -144,7 +148,7 @@ class Run:
 
     def _stop(self, reason: str) -> None:
         good = checkpoint_files(self.folder)
-        raise ValueError(
+        raise SharedError(
             f"{reason}; the last good checkpoint is {good[0] if good else 'none'}: "
             "start again with --init-from it and a lower --init-lr, a --grad-clip, or --precision fp32"
         )

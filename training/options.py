@@ -40,7 +40,13 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     model.add_argument("--mediator-layers", type=positive_int, help="how many of the first blocks have them (default: all)")
     model.add_argument("--decode-layer", type=positive_int, help="MDTv2 only: how many of the blocks decode (default: 4)")
     _add_data_arguments(parser)
+    _add_run_arguments(parser)
+    _add_recipe_arguments(parser)
+    add_objective_arguments(parser)
+    _add_report_arguments(parser)
 
+
+def _add_run_arguments(parser: ArgumentParser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--results-dir", default="results", help="each run makes a folder <index>-<model> in it")
     run.add_argument("--seed", "--global-seed", type=seed, default=0, help="of weights, data order, timesteps, noise and masks")
@@ -50,7 +56,9 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         metavar="auto|PATH",
         help="continue a run, by its folder or a checkpoint: auto = the last run of this model in --results-dir, if any",
     )
-    run.add_argument("--allow-changed", action=BooleanFlag, help="resume although flags that change the result are others")
+    run.add_argument(
+        "--allow-changed", action=BooleanFlag, help="resume although flags or data that shape the result are others"
+    )
     run.add_argument(
         "--time-limit",
         type=time_limit,
@@ -85,6 +93,8 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         help="images a process puts through the network at once, to save memory; 0 = its whole share; same gradients",
     )
 
+
+def _add_recipe_arguments(parser: ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="adan", help="adan is timm's")
     recipe.add_argument("--init-lr", "--lr", type=positive_float, help="learning rate at step 0")
@@ -101,8 +111,6 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     recipe.add_argument("--ema-decay", type=number(float, 0.0, 0.999999), default=0.9999)
     recipe.add_argument("--label-dropout", type=probability, default=0.1, help="probability of training without the label")
     recipe.add_argument("--masked", action=BooleanFlag, help="also predict from masked tokens in every step (EDT, MDTv2)")
-    add_objective_arguments(parser)
-    _add_report_arguments(parser)
 
 
 def _add_data_arguments(parser: ArgumentParser) -> None:
@@ -142,8 +150,8 @@ def _add_report_arguments(parser: ArgumentParser) -> None:
 def parse_training_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """Parse, and refuse what does not go together. The W&B key goes into this process's environment and nowhere else."""
     args = parser.parse_args(argv)
-    if args.resume and args.init_from:
-        parser.error("--resume continues a run, --init-from starts a new one: use one of them")
+    if args.resume not in (None, "auto") and args.init_from:
+        parser.error("--resume continues a run, --init-from starts a new one: use one of them, or --resume auto with it")
     if args.dummy is False and not (args.feature_path or args.data_path):
         parser.error("--no-dummy names no data: give --feature-path or --data-path")
     if args.fsdp and args.sample_every:

@@ -99,19 +99,7 @@ def prepare_run(
 
     order = DataOrder(source.num_images, batch, args.seed)
     share = my_share(range(batch), accelerator)
-    train_step = TrainingStep(
-        accelerator=accelerator,
-        model=placement.model,
-        optimizer=placement.optimizer,
-        ema=placement.ema,
-        diffusion=objective.mathematics,
-        timestep_sampler=objective.timestep_sampler,
-        seed=args.seed,
-        global_batch_size=batch,
-        share=share,
-        micro_batch_size=args.micro_batch_size or len(share),
-        grad_clip=args.grad_clip,
-    )
+    train_step = _training_step(args, placement, objective, share)
     batches = Batches(
         source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
     )  # fmt: skip
@@ -119,6 +107,22 @@ def prepare_run(
     if found:
         run.restore(found)
     return run
+
+
+def _training_step(args: Namespace, placement: Replicated | Sharded, objective: Objective, share: range) -> TrainingStep:
+    return TrainingStep(
+        accelerator=placement.accelerator,
+        model=placement.model,
+        optimizer=placement.optimizer,
+        ema=placement.ema,
+        diffusion=objective.mathematics,
+        timestep_sampler=objective.timestep_sampler,
+        seed=args.seed,
+        global_batch_size=args.global_batch_size,
+        share=share,
+        micro_batch_size=args.micro_batch_size or len(share),
+        grad_clip=args.grad_clip,
+    )
 
 
 def open_source(args: Namespace, device: torch.device) -> tuple[Source, int]:
@@ -289,6 +293,6 @@ def _facts(args: Namespace, model: nn.Module, source: Source, objective: Objecti
     class_names = tuple(source.class_names or ())
     return {
         "args": redact_values(vars(args)),
-        "data": {"num_images": source.num_images, "image_size": source.image_size},
+        "data": {"num_images": source.num_images, "image_size": source.image_size, **source.provenance},
         "config": describe(args.model, model.config, codec=codec, class_names=class_names, objective=objective.facts),
     }

@@ -34,7 +34,9 @@ NAME_SEPARATOR = "/"
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is a sharded checkpoint's, whole or not; one in a run has the step as its name."""
-    return path.is_dir() and (path.resolve().name.isdecimal() or (path / SHARDED_FACTS).is_file())
+    folder = path.resolve()
+    in_a_run = folder.name.isdecimal() and folder.parent.name == "checkpoints"
+    return path.is_dir() and (in_a_run or (path / SHARDED_FACTS).is_file())
 
 
 def split(state: dict) -> tuple[dict, dict[str, DTensor]]:
@@ -185,8 +187,8 @@ def read_whole(path: Path) -> dict:
 
 def _read_tensors(tensors: dict[str, Tensor], path: Path, no_dist: bool = False) -> None:
     try:
-        if no_dist:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.fspath(path)), no_dist=no_dist)
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.fspath(path)), no_dist=no_dist)
     except CheckpointException as error:
         raise SharedError(f"cannot read {path}: {_first_failure(error)}") from error
