@@ -10,18 +10,19 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.codec import Codec, load_codec
 from data.images import ImageFolder, load_image
 from data.store_writer import StoreWriter, describe
 from runtime import cli, distributed
+from runtime.ahead import read_ahead
 from runtime.draws import Purpose, normals
 from runtime.files import SharedRows, batches_to_do
 from runtime.locks import folder_lock
@@ -44,7 +45,7 @@ def parse_args(argv: Sequence[str] | None):
         "--num-workers",
         type=cli.number(int, 0, 1024),
         default=min(4, os.cpu_count() or 1),
-        help="processes that read images, beside each process; 0: none",
+        help="threads that read images, in each process; 0: none, images are read between encodings",
     )
     parser.add_argument(
         "--store",
@@ -59,20 +60,27 @@ def parse_args(argv: Sequence[str] | None):
     return parser.parse_args(argv)
 
 
-class ImagesToEncode(Dataset):
-    """(row, uint8 (size, size, 3) or None, reason or None). Unreadable images are values: workers mangle exceptions."""
+Item = tuple[int, np.ndarray | None, str | None]  # row, uint8 (size, size, 3), or why there is none
 
-    def __init__(self, images: ImageFolder, size: int):
-        self.images, self.size = images, size
 
-    def __len__(self) -> int:
-        return len(self.images)
+def read_batches(images: ImageFolder, batches: Sequence[list[int]], size: int, num_workers: int) -> Iterator[list[Item]]:
+    """The images of ``batches`` of rows. Threads read one batch while the caller works on the one before; 0: the caller reads.
 
-    def __getitem__(self, row: int) -> tuple[int, np.ndarray | None, str | None]:
+    An unreadable image is a value, for only the caller knows whether it is missed.
+    """
+
+    def read(row: int) -> Item:
         try:
-            return row, load_image(self.images.paths[row], self.size), None
+            return row, load_image(images.paths[row], size), None
         except ValueError as error:
             return row, None, str(error)
+
+    if not num_workers:
+        yield from (list(map(read, rows)) for rows in batches)
+        return
+    # Threads, which end with their process however that ends; Pillow lets go of the interpreter's lock as it decodes.
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="images") as pool:
+        yield from read_ahead(list(pool.map(read, rows)) for rows in batches)
 
 
 def encode(codec: Codec, images: torch.Tensor, rows: list[int], *, kind: str, seed: int, view: int) -> np.ndarray:
@@ -83,7 +91,9 @@ def encode(codec: Codec, images: torch.Tensor, rows: list[int], *, kind: str, se
     return codec.encode(images, noise).cpu().numpy()
 
 
-def extract(batches: Iterable, codec: Codec, writer: StoreWriter, missing: np.ndarray, bar: tqdm, *, skip_bad: bool) -> None:
+def extract(
+    batches: Iterable[list[Item]], codec: Codec, writer: StoreWriter, missing: np.ndarray, bar: tqdm, *, skip_bad: bool
+) -> None:
     """Encode ``batches`` and write those of their rows that are ``missing``, bool (N,).
 
     Raises ValueError naming an unreadable image, unless skip_bad.
@@ -153,9 +163,7 @@ def fill(writer: StoreWriter, images: ImageFolder, codec: Codec, state: PartialS
     progress = writer.progress()
     state.wait_for_everyone()  # all have seen the same progress before anyone adds to it, so their shares do not overlap
     share = distributed.my_share(batches_to_do(progress, args.batch_size), state)
-    loader = DataLoader(
-        ImagesToEncode(images, args.image_size), batch_sampler=share, num_workers=args.num_workers, collate_fn=list
-    )
+    batches = read_batches(images, share, args.image_size, args.num_workers)
     missing = progress == SharedRows.MISSING
     num_missing, start = int(missing.sum()), time.monotonic()
     bar = tqdm(
@@ -169,7 +177,7 @@ def fill(writer: StoreWriter, images: ImageFolder, codec: Codec, state: PartialS
     with bar:
         if share:  # without one, the main process may have finished the store, and removed the map, before it is opened here
             with writer:
-                extract(loader, codec, writer, missing, bar, skip_bad=args.skip_bad)
+                extract(batches, codec, writer, missing, bar, skip_bad=args.skip_bad)
         # No barrier: a slow process may lag behind by more than its timeout. If one fails, all end (runtime.watch).
         while state.is_main_process and show(bar, writer):
             time.sleep(POLL_SECONDS)

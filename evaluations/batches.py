@@ -93,6 +93,8 @@ def carried_statistics(path: str, statistics: str, has_images: bool) -> Statisti
             mu, sigma = read_array(path, mu_key), read_array(path, sigma_key)
             if mu.ndim != 1 or sigma.shape != mu.shape * 2:
                 raise ValueError(f"{path}: {mu_key} is {mu.shape} and {sigma_key} {sigma.shape}, (D,) and (D, D) are needed")
+            if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
+                raise ValueError(f"{path}: {mu_key} is {mu.dtype} and {sigma_key} {sigma.dtype}, numbers are needed")
             if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                 raise ValueError(f"{path}: {mu_key} or {sigma_key} has a non-finite entry: compute them again")
             carried[layer] = mu, sigma

@@ -4,14 +4,15 @@ import re
 from collections.abc import Mapping
 
 # Up to the @, or with a colon before it that begins no port also beyond characters that a password must not hold.
-USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:)//(?:[^/?#\s]*@|[^/?#\s:@]+:(?!\d+[/?#])\S*@)")
-QUERY = re.compile(r"(?P<url>[A-Za-z][A-Za-z0-9+.-]*://[^?#\s]*)\?[^#\s]*")
+# One slash: an URL that was taken for a path.
+USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://?)(?:[^/?#\s]*@|[^/?#\s:@]+:(?!\d+[/?#])\S*@)")
+QUERY = re.compile(r"(?P<url>[A-Za-z][A-Za-z0-9+.-]*://?[^?#\s]*)\?[^#\s]*")
 
 
 def redact(text: str) -> str:
     """``https://user:password@host/file.pt?token=...#sha256=...`` -> ``https://host/file.pt#sha256=...``, wherever in the text;
     what is no URL stays as it is."""
-    return QUERY.sub(r"\g<url>", USER.sub(r"\g<scheme>//", text))
+    return QUERY.sub(r"\g<url>", USER.sub(r"\g<scheme>", text))
 
 
 def redact_values(flags: Mapping[str, object]) -> dict[str, object]:

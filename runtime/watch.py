@@ -15,25 +15,32 @@ POLL_SECONDS = 0.5
 TELL_SECONDS = 1.0  # what the first process to fail has for telling before the launcher, seeing another end, ends it too
 FAILED = "failed"
 PARENT = os.getppid()
+# torchrun sets the first; accelerate launch, for one process, only its own. The second is set by no library within a process.
+LAUNCHED = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_FULLGRAPH"))
 
 orphan_grace_seconds = 5.0  # from the launcher's end to this process's
 
 _watch: "_Watch | None" = None
 
 
+def has_launcher() -> bool:
+    """Whether torchrun or accelerate launch started this process."""
+    return LAUNCHED
+
+
 def launcher_is_gone() -> bool:
-    """Whether this process outlived the torchrun or accelerate that started it.
+    """Whether this process outlived its launcher.
 
     Under plain python a dead parent is a shell that was left, which is no reason to stop.
     """
-    return _has_launcher() and os.getppid() != PARENT
+    return has_launcher() and os.getppid() != PARENT
 
 
 def begin(store: Store | None, rank: int, world: int) -> None:
     """Watch from now on. store: seen by all processes of the job and by no other job; None for one process."""
     global _watch
     end()
-    if store is not None or _has_launcher():
+    if store is not None or has_launcher():
         _watch = _Watch(store, rank, world)
         _watch.start()
 
@@ -62,10 +69,6 @@ def end_quietly() -> None:
         time.sleep(TELL_SECONDS)
     finally:  # also where a second Ctrl-C arrives
         os._exit(1)
-
-
-def _has_launcher() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class _Watch(threading.Thread):

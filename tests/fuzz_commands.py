@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ from PIL import Image
 import extract_features
 import train_mask_adan
 from runtime import cli
-from tests.fuzzing import CLEAR, FAILURE, HERE, SUCCESS, USAGE, Outcome, Tally, Worked, case_folder, draw, run_case
+from tests.fuzz_shards import write_in_shards
+from tests.fuzzing import CLEAR, FAILURE, HERE, NOT_ENDED, SUCCESS, USAGE, Outcome, Tally, Worked, case_folder, draw, run_case
 from tests.launch import BIN, ROOT
 from tests.sit_checkpoints import TRANSPORT, random_checkpoint
 
@@ -78,6 +80,7 @@ BASES = {
         f"convert {HERE}/sit4.pt {HERE}/new.safetensors",
     ),
     "models.__main__": ("--image-size 64",),
+    "training.consolidate": (f"{HERE}/sharded {HERE}/new.pt", f"{HERE}/sharded {HERE}/edt.pt --force"),
     # Of these only the parser: a benchmark times what it does.
     "benchmarks.compare": ("--size Ti",),
     "benchmarks.edt": ("--model EDT-Ti/2",),
@@ -88,6 +91,7 @@ BASES = {
     "examples.compare": ("steps --model EDT-Ti/2 --batch-size 4 --budget-gmac 5", f"report --data a --runs b --out {HERE}/c"),
 }
 PARSED_ONLY = ("benchmarks.", "examples.")
+FACTS_OF_FOLDERS = ("settings.json", "meta.json")  # of samples and of a store, written before what they are about
 
 NUMBERS = (
     "0", "1", "2", "3", "4", "5", "7", "9", "16", "32", "64", "-1", "-0", "0.5", "0.99", "1.5", "1e-3", "1e-30", "1e-320",
@@ -97,9 +101,10 @@ NUMBERS = (
 PATHS = tuple(
     f"{HERE}/{name}"
     for name in (
-        "images", "store", "edt.pt", "sit1.pt", "sit4.pt", "sit16.pt", "small.pt", "ref.npz", "samples.npz", "module.pt",
-        "labels.txt", "runs", "runs/000-EDT-Ti-2", "missing", "missing/deep/file.pt", "missing.npz", "missing.safetensors",
-        "empty", "text.txt", "text.txt/below", "broken", "loop", "fifo", "fifo.pt", "fifo.npz", "empty.pt", "empty.npz",
+        "images", "store", "sharded", "edt.pt", "sit1.pt", "sit4.pt", "sit16.pt", "small.pt", "ref.npz", "samples.npz",
+        "module.pt", "labels.txt", "runs", "runs/000-EDT-Ti-2", "runs/000-EDT-Ti-2/checkpoints/latest", "missing",
+        "missing/deep/file.pt", "missing.npz", "missing.safetensors", "empty", "text.txt", "text.txt/below", "broken", "loop",
+        "fifo", "fifo.pt", "fifo.npz", "empty.pt", "empty.npz",
         "noise.pt", "noise.npz", "noise.safetensors", "locked", "locked/file", "a" * 300, "ünïcode-Ω-文.pt", "new line\n.pt",
         "",
     )
@@ -237,6 +242,7 @@ def make_inputs(folder: Path) -> Path:
     train_mask_adan.main(BASES["train_mask_adan"][0].replace(HERE, str(folder)).split())
     (run,) = (folder / "runs").iterdir()
     os.link(run / "checkpoints" / "0000001.pt", folder / "edt.pt")
+    write_in_shards(folder / "sharded")
     for name, extra in (("ref", {}), ("samples", {"arr_1": rng.integers(0, 3, 12)})):
         np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (12, 4, 4, 3), np.uint8), **extra)
     torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4)), folder / "module.pt")
@@ -281,8 +287,7 @@ def fuzz_command_lines(num_cases: int, number: int, scripts: tuple[str, ...] = t
 
 
 def fuzz_subprocesses(num_cases: int, number: int, seconds: float = 90) -> Tally:
-    """The same in processes of their own, where nothing cuts the work short: whoever still works after a while has accepted
-    its arguments."""
+    """The same in processes of their own, where nothing cuts the work short: whoever still works after ``seconds`` is ended."""
     tally, scripts = Tally(), [script for script in BASES if not script.startswith(PARSED_ONLY)]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         template = make_inputs(Path(place) / "inputs")
@@ -293,23 +298,27 @@ def fuzz_subprocesses(num_cases: int, number: int, seconds: float = 90) -> Tally
             argv = drawn[-1 - i // len(scripts)]  # the first ones are the plainest
             with case_folder(template) as folder:
                 add_pitfalls(folder)
-                tally.add(f"{script} (process)", _run_process(script, argv, folder, seconds), argv)
+                tally.add(f"{script} (process)", run_process(script, argv, folder, seconds), argv)
     return tally
 
 
-def _run_process(script: str, argv: list[str], folder: Path, seconds: float) -> Outcome:
+def run_process(script: str, argv: list[str], folder: Path, seconds: float) -> Outcome:
+    """``python -m script ...`` in ``folder``. After ``seconds`` it must at least have begun its work."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", script.removesuffix(".__main__"), *(part.replace(HERE, str(folder)) for part in argv)]
+    before = set(folder.rglob("*"))
     process = subprocess.Popen(
-        command, cwd=folder, env=environment | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        start_new_session=True,
     )  # fmt: skip
     try:
-        _, err = process.communicate(timeout=seconds)
+        out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
-        process.communicate()
-        return Outcome(SUCCESS, "still working")
+        out, err = process.communicate()
+        sign = _sign_of_work(out, err, set(folder.rglob("*")) - before)
+        return Outcome(NOT_ENDED, sign) if sign else Outcome(FAILURE, f"hangs: no sign of work, {err[-300:]!r}")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     if process.returncode == 0:
         return Outcome(SUCCESS, "worked")
@@ -318,3 +327,14 @@ def _run_process(script: str, argv: list[str], folder: Path, seconds: float) -> 
     if process.returncode == 1 and len(errors) == 1 and "Traceback" not in err:
         return Outcome(CLEAR, errors[0])
     return Outcome(FAILURE, f"exit code {process.returncode}: {err[-400:]}")
+
+
+def _sign_of_work(out: str, err: str, new: set[Path]) -> str | None:
+    """What shows that a process's arguments were accepted: what it said, a progress bar, or a folder that it has begun."""
+    if out.strip():
+        return out.strip().splitlines()[-1]
+    bars = re.findall(r"\d+%\|[^\r\n]*", err)
+    if bars:
+        return bars[-1]
+    begun = (path for path in new if path.name in FACTS_OF_FOLDERS or (path.is_dir() and re.match(r"\d{3,}-", path.name)))
+    return next(map(str, begun), None)

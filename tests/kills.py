@@ -1,14 +1,12 @@
 """Scripts that are killed at any moment of their work.
 
-They run in processes forked from a server that has imported everything, so that a start costs no seconds. A moment is every
-step of a step, and before, within and after every write: ``kill -9`` at the k-th of them hits what a kill at a random time
-would hit once in thousands.
+A moment is every step of a step, and before, within and after every write: ``kill -9`` at the k-th of them hits what a kill at
+a random time would hit once in thousands.
 """
 
 import functools
 import importlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,21 +17,9 @@ import numpy as np
 import torch
 
 from runtime import cli
+from tests.forks import FORKS
 from training.ema import EMA
 from training.step import TrainingStep
-
-SCRIPTS = (
-    "train_mask_adan",
-    "extract_features",
-    "sample_ddp",
-    "attention_mediator.train",
-    "attention_mediator.train_256to512",
-    "attention_mediator.sample_ddp",
-    "time_step_wise_adjusting.sample_ddp_three",
-    "evaluations.reference",
-)
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__, *SCRIPTS])
 
 
 def run(
@@ -49,8 +35,8 @@ def run(
     kill_at: the number of the moment to be killed in, from 1. kill_after: seconds after which it is killed wherever it is.
     prepare: a function of a module, called in the process first.
     """
-    moments = _context.Value("i", 0)
-    process = _context.Process(target=_child, args=(script, list(map(str, argv)), kill_at, moments, prepare))
+    moments = FORKS.Value("i", 0)
+    process = FORKS.Process(target=_child, args=(script, list(map(str, argv)), kill_at, moments, prepare))
     process.start()
     process.join(kill_after)
     if process.exitcode is None:
@@ -59,23 +45,26 @@ def run(
     return process.exitcode, moments.value
 
 
-def run_with_kills(script: str, argv: list[str], num_kills: int, seed: int, longest: int, seconds: float = 0) -> int:
-    """Start a script again and again until it has been killed so often, then run it to its end; the number of kills, which is
-    less where it came to its end before.
+def run_with_kills(
+    script: str, argv: Callable[[int], list[str]], num_kills: int, seed: int, longest: int, seconds: float = 0
+) -> int:
+    """Start a script again and again until it has been killed so often, then run it to its end. Where it comes to its end
+    before, other work is begun: argv(0), argv(1), ... are the works' command lines. Returns how many were done.
 
     Each is killed in one of its first ``longest`` moments; with ``seconds``, every second one instead within so many seconds.
     """
-    draw, kills = np.random.default_rng(seed), 0
-    for k in range(num_kills):
+    draw, kills, works, k = np.random.default_rng(seed), 0, 0, 0
+    while kills < num_kills:
         if seconds and k % 2:
-            code, _ = run(script, argv, kill_after=draw.uniform(0, seconds))
+            code, _ = run(script, argv(works), kill_after=draw.uniform(0, seconds))
         else:
-            code, _ = run(script, argv, kill_at=int(draw.integers(1, longest + 1)))
+            code, _ = run(script, argv(works), kill_at=int(draw.integers(1, longest + 1)))
         assert code in (0, -signal.SIGKILL), f"{script} ended with exit code {code} after {kills} kills"
-        kills += code != 0
-    code, _ = run(script, argv)
+        kills, works, k = kills + (code != 0), works + (code == 0), k + 1
+        assert works <= num_kills, "hardly a kill falls into the work: enlarge it"
+    code, _ = run(script, argv(works))
     assert code == 0, f"{script} ended with exit code {code} after {kills} kills"
-    return kills
+    return works + 1
 
 
 def _child(script: str, argv: list[str], kill_at: int | None, moments, prepare: Callable[[], None] | None) -> None:

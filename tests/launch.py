@@ -1,7 +1,6 @@
 """Run the scripts as a user does, in processes of their own."""
 
 import importlib
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from torch.distributed import TCPStore
 
 from runtime import cli
+from tests.forks import FORKS, SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -47,15 +47,7 @@ def run_script(script: str, *args: str, processes: int = 1, expect: int = 0) -> 
     return run_command(*launcher, f"--master_port={free_port()}", script, *args, expect=expect)
 
 
-# --- jobs of several processes without a launcher: forked from a server that has imported everything, so that a start costs
-# no seconds, and watched by nobody: a process that another's failure does not end hangs.
-
-_forks = multiprocessing.get_context("forkserver")
-SCRIPTS = (
-    "train_mask_adan", "extract_features", "sample_ddp", "attention_mediator.train", "attention_mediator.sample_ddp",
-    "time_step_wise_adjusting.sample_ddp_three", "evaluations.evaluator", "evaluations.reference",
-)  # fmt: skip
-IMPORTED_LATE = ("matplotlib.figure", "torch.utils.tensorboard", "diffusers")  # by scripts, where they need them
+# --- jobs of several processes without a launcher, watched by nobody: a process that another's failure does not end hangs.
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,6 @@ def run_job(
 
     prepare: called first in each with its rank; a function of a module. expect: the exit code of all; None: any.
     """
-    _forks.set_forkserver_preload([__name__, "tests.kills", *SCRIPTS, *IMPORTED_LATE])
     store = store or launcher_store()
     with tempfile.TemporaryDirectory() as folder:
         started = []
@@ -95,7 +86,7 @@ def run_job(
                 "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             arguments = (script, list(map(str, argv)), environment, prepare, os.path.join(folder, str(rank)))
-            started.append(_forks.Process(target=_process_of_job, args=arguments))
+            started.append(FORKS.Process(target=_process_of_job, args=arguments))
             started[-1].start()
         deadline = time.monotonic() + timeout
         for process in started:
@@ -114,7 +105,6 @@ def run_job(
 def _process_of_job(script: str, argv: list[str], environment: dict, prepare: Callable[[int], None] | None, path: str) -> None:
     os.environ.clear()  # what the server started with
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as in a script of its own
     os.chdir(ROOT)
     torch.set_num_threads(1)
     sys.argv = [script]

@@ -1,11 +1,17 @@
 """Small training runs, what they leave, and what is the same in two of them."""
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from training.checkpoint import checkpoint_files
+from training.data import Batch
+from training.step import TrainingStep
 
 
 def train_argv(features: Path, results: Path, *extra: str) -> list[str]:
@@ -27,6 +33,42 @@ def final_state(results: Path) -> dict:
 
 def metrics(results: Path) -> list[dict]:
     return [json.loads(line) for line in (run_folder(results) / "metrics.jsonl").read_text().splitlines()]
+
+
+def keep_the_finished_run(results: Path) -> None:
+    """Killed before its first checkpoint, a run leaves a folder without one, and the next has a new folder."""
+    for folder in results.iterdir():
+        if not list(folder.glob("checkpoints/*.pt")):
+            shutil.rmtree(folder)
+
+
+def in_step(monkeypatch, number: int, act) -> None:
+    """act(batch) at the beginning of a step."""
+    call = TrainingStep.__call__
+
+    def watched(self, step, batch, lr, **kwargs):
+        if step == number:
+            act(batch)
+        return call(self, step, batch, lr, **kwargs)
+
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
+
+
+def in_own_step(number: int, ranks: Sequence[int], act: Callable[[Batch], None], rank: int) -> None:
+    """``prepare`` of a job: these processes act within that step since their start, which the others cannot do without them."""
+    losses, steps = TrainingStep._losses, []
+
+    def acting(self, batch, t):
+        steps.append(t)
+        if rank in ranks and len(steps) == number:
+            act(batch)
+        return losses(self, batch, t)
+
+    TrainingStep._losses = acting
+
+
+def be_killed(_: Batch) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def assert_same_state(a: dict, b: dict) -> None:

@@ -1,4 +1,4 @@
-"""What several test files share: the golden numbers and how near one must come to them, weights of no zeros, grey levels."""
+"""What several test files share: the golden numbers and how near one must come, weights of no zeros, grey levels, files."""
 
 from pathlib import Path
 
@@ -34,6 +34,10 @@ def perturb(model: nn.Module, scale: float) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * scale)
     return model
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def grey_levels(a: np.ndarray, b: np.ndarray) -> int:

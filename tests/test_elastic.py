@@ -1,7 +1,6 @@
 """A job whose process was killed is started again by the launcher, and ends as if nothing had happened."""
 
 import functools
-import os
 import signal
 
 import pytest
@@ -9,22 +8,8 @@ import torch
 
 from tests.launch import launcher_store, run_job
 from tests.restarts import restart
-from tests.runs import assert_same_state, final_state, train_argv
+from tests.runs import assert_same_state, be_killed, final_state, in_own_step, train_argv
 from training.checkpoint import checkpoint_files
-from training.step import TrainingStep
-
-
-def kill_in_step(victim: int, number: int, rank: int) -> None:
-    """kill -9 in a process's ``number``-th step since it started."""
-    losses, steps = TrainingStep._losses, []
-
-    def deadly(self, batch, t):
-        steps.append(t)
-        if rank == victim and len(steps) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return losses(self, batch, t)
-
-    TrainingStep._losses = deadly
 
 
 def test_attempts_that_share_a_store(latent_store, tmp_path):
@@ -34,7 +19,12 @@ def test_attempts_that_share_a_store(latent_store, tmp_path):
     store = launcher_store()
     for victim, codes in ((1, [1, -signal.SIGKILL]), (0, [-signal.SIGKILL, 1])):
         ended = run_job(
-            "train_mask_adan", argv, 2, prepare=functools.partial(kill_in_step, victim, 3), store=store, expect=None
+            "train_mask_adan",
+            argv,
+            2,
+            prepare=functools.partial(in_own_step, 3, (victim,), be_killed),
+            store=store,
+            expect=None,
         )
         assert ended.codes == codes
     run_job("train_mask_adan", argv, 2, store=store)

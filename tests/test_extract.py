@@ -1,11 +1,16 @@
 """extract_features.py end to end: contents, process counts, restarts, damaged images, refusals."""
 
+import fcntl
+import functools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -147,14 +152,46 @@ def test_killed_at_any_moment(image_folder, tmp_path, rows_written):
 
 def test_killed_again_and_again(image_folder, tmp_path):
     extract(image_folder, tmp_path / "whole")
-    store = tmp_path / "store"
-    assert (
-        kills.run_with_kills(
-            "extract_features", [*common_flags(image_folder), "--features-path", store], num_kills=10, seed=0, longest=50
-        )
-        > 3
-    )
-    assert contents(store) == contents(tmp_path / "whole")
+    line = lambda k: [*common_flags(image_folder), "--features-path", tmp_path / str(k)]  # noqa: E731
+    for k in range(kills.run_with_kills("extract_features", line, num_kills=10, seed=0, longest=50)):
+        assert contents(tmp_path / str(k)) == contents(tmp_path / "whole")
+
+
+def hold_and_be_killed(path: Path, row: int) -> None:
+    """Lock a file until this process and all that it forked have ended. It is killed before it writes this row."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a script of its own
+    fcntl.flock(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX)
+    write = extract_features.StoreWriter.write
+
+    def deadly(self, number, values):
+        if number == row:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, number, values)
+
+    extract_features.StoreWriter.write = deadly
+
+
+def test_what_reads_images_ends_with_its_process(image_folder, tmp_path):
+    """Processes did, which outlived it and held its output open."""
+    argv = [*common_flags(image_folder), "--num-workers", 2, "--batch-size", 2, "--features-path", tmp_path / "store"]
+    for row in (3, 9):
+        prepare = functools.partial(hold_and_be_killed, tmp_path / "held", row)
+        assert kills.run("extract_features", argv, prepare=prepare)[0] == -signal.SIGKILL
+        with open(tmp_path / "held") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert kills.run("extract_features", argv)[0] == 0
+    extract(image_folder, tmp_path / "whole", "--batch-size", 2)
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_images_are_read_one_batch_ahead(image_folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(extract_features, "load_image", lambda path, size: read.append(path))
+    batches = extract_features.read_batches(ImageFolder(image_folder), [[0, 1], [2, 3], [4, 5], [6, 7]], 16, 2)
+    assert [row for row, *_ in next(batches)] == [0, 1]
+    time.sleep(0.1)
+    assert len(read) <= 4
+    assert [row for batch in batches for row, *_ in batch] == [2, 3, 4, 5, 6, 7]
 
 
 def test_a_process_without_images_opens_nothing(image_folder, tmp_path, monkeypatch):
@@ -204,11 +241,12 @@ def test_a_bad_image_stops_the_script_with_its_name(with_bad_images, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_bad_images_can_be_left_out(image_folder, with_bad_images, tmp_path, capsys):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_images_can_be_left_out(image_folder, with_bad_images, tmp_path, capsys, num_workers):
     good = extract(image_folder, tmp_path / "good")
     with pytest.raises(ValueError, match=r"1b\.png"):
-        extract(with_bad_images, tmp_path / "store")
-    store = extract(with_bad_images, tmp_path / "store", "--skip-bad")  # goes on from the stopped run
+        extract(with_bad_images, tmp_path / "store", "--num-workers", num_workers)
+    store = extract(with_bad_images, tmp_path / "store", "--num-workers", num_workers, "--skip-bad")  # goes on
     output = capsys.readouterr().out
     assert [line.split("/")[-1] for line in output.splitlines() if line.startswith("left out: ")] == ["1b.png", "9.jpg"]
     assert (store.num_images, store.meta["num_images"], store.meta["num_left_out"]) == (14, 16, 2)

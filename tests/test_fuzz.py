@@ -1,14 +1,17 @@
 """The quick half of the fuzzing: a few cases for every script and kind of file. ``make soak`` runs thousands."""
 
+import argparse
 import sys
 import time
 
 import pytest
 
+from runtime import cli
 from tests import fuzzing
-from tests.fuzz_commands import BASES, command_lines, flags_of, fuzz_command_lines
-from tests.fuzz_files import KINDS, fuzz_files, run_files
-from tests.fuzzing import CLEAR, FAILURE, SUCCESS, USAGE, Outcome, Tally, draw, run_case
+from tests.fuzz_commands import BASES, command_lines, flags_of, fuzz_command_lines, run_process
+from tests.fuzz_files import KINDS, fuzz_files, named, run_files
+from tests.fuzzing import CLEAR, FAILURE, NOT_ENDED, SUCCESS, USAGE, Outcome, Tally, draw, run_case
+from tests.launch import ROOT
 
 
 def check(tally: Tally, num_cases: int) -> None:
@@ -34,6 +37,8 @@ FOUND = {
         {"name": "samples.npz", "flags": "", "bytes": (("remove", -229, 38),)},  # "Invalid argument", of no file
         {"name": "ref.npz", "flags": "", "header": ("arr_0", {"descr": "|V0"})},  # "itemsize cannot be zero", of no file
         {"name": "ref.npz", "flags": "", "header": ("arr_0", {"descr": "V999999999"})},  # 12 GB asked for, of 576 bytes
+        # TypeError
+        {"name": "ref.npz", "flags": "", "header": ("sigma", {"descr": [("a", "u1")]})},
     ],
     "stores": [
         {"name": "latents", "read": "reference", "file": "meta.json", "entry": ("scale",), "value": {}},  # TypeError
@@ -71,6 +76,12 @@ def test_cases_are_the_same_for_the_same_seed():
     strategy = command_lines("inference")
     first, again, other = (draw(strategy, 20, number) for number in (1, 1, 2))
     assert first == again != other and len(first) == 20
+
+
+def test_every_script_is_among_the_command_lines():
+    paths = [path.relative_to(ROOT) for path in ROOT.rglob("*.py") if not {".venv", "tests"} & {*path.relative_to(ROOT).parts}]
+    scripts = {".".join(path.with_suffix("").parts) for path in paths if "cli.run(" in (ROOT / path).read_text()}
+    assert scripts == set(BASES)
 
 
 def test_flags_come_from_the_parsers():
@@ -138,10 +149,60 @@ def test_left_overs_and_leaks_are_failures(tmp_path):
     assert "left behind: .a.tmp" in run_case(lambda argv: (tmp_path / ".a.tmp").touch(), [], tmp_path).message
 
 
+def test_a_usage_error_that_shows_a_secret_is_a_failure(tmp_path):
+    def parsing(kind):
+        def main(argv):
+            parser = kind("")
+            parser.add_argument("--count", type=int)
+            parser.parse_args(argv)
+
+        return main
+
+    password, token = fuzzing.SECRETS
+    for argv in ([f"--count=https://user:{password}@host/a?token={token}"], [f"--kye={token}"], ["--kye", token]):
+        assert run_case(parsing(cli.ArgumentParser), argv, tmp_path).kind == USAGE
+        assert "the output shows" in run_case(parsing(argparse.ArgumentParser), argv, tmp_path).message
+
+
+SLEEPER = """
+import sys, time
+from pathlib import Path
+exec(sys.argv[1])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("begins", "kind", "said"),
+    [
+        ("", FAILURE, "hangs"),
+        ("print('note: a warning', file=sys.stderr); Path('new').mkdir(); Path('old/settings.json').touch()", FAILURE, "hangs"),
+        ("print('step 1')", NOT_ENDED, "step 1"),
+        ("print('  7%|7   | 1/14 [00:01<?]', file=sys.stderr)", NOT_ENDED, "1/14"),
+        ("Path('runs/000-EDT-Ti-2').mkdir(parents=True)", NOT_ENDED, "000-EDT-Ti-2"),
+        ("Path('settings.json').touch()", NOT_ENDED, "settings.json"),
+    ],
+)
+def test_a_process_that_does_not_end_must_have_begun_its_work(tmp_path, begins, kind, said):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "settings.json").touch()
+    outcome = run_process("sleeper", [begins], tmp_path, 1)
+    assert outcome.kind == kind and said in outcome.message
+
+
+def test_an_error_names_a_file_or_where_it_is_meant_the_lack_of_memory(tmp_path):
+    clear = Outcome(CLEAR, f"error: {tmp_path}/a.png is damaged")
+    memory = Outcome(CLEAR, "error: this machine ran out of memory")
+    assert named(clear, tmp_path, False) == clear and named(memory, tmp_path, True) == memory
+    assert named(memory, tmp_path, False).kind == named(Outcome(CLEAR, "error: bad"), tmp_path, True).kind == FAILURE
+    assert [name for name, kind in KINDS.items() if kind.memory] == ["images"]
+
+
 def test_a_tally_counts_and_keeps_failures():
     tally, other = Tally(), Tally()
     tally.add("a", Outcome(SUCCESS, ""), ["x"])
     other.add("a", Outcome(FAILURE, "TypeError"), ["--flag"])
     tally.update(other)
-    assert tally.table().splitlines()[-1] == "| all | 2 | 1 | 0 | 0 | 1 |"
+    assert tally.table().splitlines()[-1] == "| all | 2 | 1 | 0 | 0 | 0 | 1 |"
     assert len(tally.failures) == 1 and "--flag" in tally.failures[0] and "TypeError" in tally.failures[0]

@@ -28,8 +28,8 @@ def network(case: str) -> nn.Module:
     return perturb(create_model(name, **settings), 0.05).train()
 
 
-def go_both_ways(model: nn.Module, masked: bool) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Output, gradients, and the bytes kept in between; parameters count as well."""
+def go_both_ways(model: nn.Module, masked: bool, bf16: bool = False) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Output, gradients, and the bytes kept in between; parameters count as well. bf16: under autocast, as in training."""
     generator, config = torch.Generator().manual_seed(1), model.config
     x = torch.randn(4, config.in_channels, config.input_size, config.input_size, generator=generator)
     t, y = torch.rand(4, generator=generator) * 900, torch.tensor([0, 3, 9, 10])
@@ -42,22 +42,24 @@ def go_both_ways(model: nn.Module, masked: bool) -> tuple[Tensor, dict[str, Tens
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x, t, y, **({"kept": kept} if masked else {}))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = model(x, t, y, **({"kept": kept} if masked else {}))
         total = sum(sizes)
-        out.square().mean().backward()
+        out.float().square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return out.detach(), gradients, total
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_same_gradients_bitwise_from_less_that_is_kept(case):
+def test_same_gradients_bitwise_from_less_that_is_kept(case, bf16):
     masked = CASES[case][2]
     model = network(case)
     thrifty = copy.deepcopy(model)
     recompute_blocks(thrifty)
     assert thrifty.state_dict().keys() == model.state_dict().keys()
-    out, gradients, kept = go_both_ways(model, masked)
-    same_out, same_gradients, less = go_both_ways(thrifty, masked)
+    out, gradients, kept = go_both_ways(model, masked, bf16)
+    same_out, same_gradients, less = go_both_ways(thrifty, masked, bf16)
     assert torch.equal(out, same_out) and gradients.keys() == same_gradients.keys()
     assert all(torch.equal(gradient, same_gradients[name]) for name, gradient in gradients.items())
     assert less < kept / 2.5

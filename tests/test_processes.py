@@ -6,22 +6,17 @@ The scripts under torchrun and accelerate themselves are in test_seed_commands.p
 import csv
 import functools
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models import create_model
-from models.checkpoints import describe
+from tests import edt_checkpoints
 from tests.launch import run_job
-from tests.runs import final_state, metrics, train_argv
-from tests.shared import perturb
+from tests.runs import be_killed, final_state, in_own_step, metrics, train_argv
 from tests.sit_checkpoints import random_checkpoint
-from training.step import TrainingStep
 
 SEVERAL = pytest.mark.parametrize("processes", [2, 3])
 
@@ -96,12 +91,7 @@ def test_extraction(image_folder, tiny_vae, tmp_path, processes):
 
 @pytest.fixture(scope="module")
 def edt(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    model = perturb(create_model("EDT-Ti/2"), 0.02)
-    config = describe("EDT-Ti/2", model.config, codec={"name": "pixels", "scale": 1.0, "image_size": 16}, class_names=())
-    path = tmp_path_factory.mktemp("edt") / "0000001.pt"
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "step": 1, "config": config}, path)
-    return path
+    return edt_checkpoints.random_checkpoint(tmp_path_factory.mktemp("edt") / "0000001.pt")
 
 
 @pytest.fixture(scope="module")
@@ -182,28 +172,11 @@ def test_evaluation(tmp_path):
 # Failures
 
 
-def at_the_third_step(act, rank: int) -> None:
-    """Process 1 acts within its third step, which the others cannot do without it."""
-    losses, steps = TrainingStep._losses, []
-
-    def acting(self, batch, t):
-        steps.append(t)
-        if rank == 1 and len(steps) == 3:
-            act()
-        return losses(self, batch, t)
-
-    TrainingStep._losses = acting
-
-
-def run_out_of_memory() -> None:
+def run_out_of_memory(_) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def be_killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def have_a_bug() -> None:
+def have_a_bug(_) -> None:
     raise TypeError("a bug")
 
 
@@ -218,7 +191,7 @@ def have_a_bug() -> None:
 def test_a_process_that_fails_in_training_ends_all(latent_store, tmp_path, act, error, code):
     """The others printed tracebacks of closed connections, or waited for the failed one for half an hour."""
     argv = training(latent_store, tmp_path)
-    ended = run_job("train_mask_adan", argv, 3, prepare=functools.partial(at_the_third_step, act), expect=None)
+    ended = run_job("train_mask_adan", argv, 3, prepare=functools.partial(in_own_step, 3, (1,), act), expect=None)
     assert ended.codes == [1, code, 1]
     if error:
         assert len(ended.errors) == 1 and error in ended.errors[0], ended.stderr

@@ -17,7 +17,6 @@ import sample_ddp
 from data.codec import load_codec
 from diffusion import create_diffusion
 from models import create_model
-from models.checkpoints import describe
 from runtime import locks
 from runtime.files import SharedRows
 from sampling import many
@@ -27,25 +26,15 @@ from sampling.options import set_cfg_power
 from sampling.samplers import GaussianSampler
 from sampling.writers import SampleFolder
 from tests import kills
-from tests.shared import grey_levels, perturb
+from tests.edt_checkpoints import random_checkpoint, random_edt
+from tests.shared import files_of, grey_levels
 
 NAME = "samples_7x16x16x3.npz"
 
 
-def random_model(seed: int = 0, **overrides):
-    torch.manual_seed(seed)
-    return perturb(create_model("EDT-Ti/2", **overrides), 0.02).eval()
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    model = random_model()
-    config = describe("EDT-Ti/2", model.config, codec={"name": "pixels", "scale": 1.0, "image_size": 16}, class_names=())
-    path = tmp_path_factory.mktemp("checkpoint") / "0000001.pt"
-    torch.save(
-        {"model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "args": {}, "step": 1, "config": config}, path
-    )
-    return path
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "0000001.pt")
 
 
 def sample(checkpoint: Path, folder: Path, *extra: str) -> np.ndarray:
@@ -83,7 +72,7 @@ def test_images_are_what_a_plain_loop_gives(samples, checkpoint):
     """One image at a time, straight through the diffusion's own loop."""
     from runtime.draws import Purpose, normals
 
-    model, diffusion, codec = random_model(), create_diffusion("4"), load_codec("pixels")
+    model, diffusion, codec = random_edt().eval(), create_diffusion("4"), load_codec("pixels")
     images, labels = np.load(samples / NAME)["arr_0"], np.load(samples / NAME)["arr_1"]
     for i in (0, 5):
         noise = [normals(0, Purpose.SAMPLE_NOISE, [i], k, (3, 16, 16)) for k in range(5)]
@@ -121,10 +110,6 @@ def test_restart_makes_only_what_is_missing(checkpoint, samples, tmp_path, monke
     assert len(written) == 7
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_killed_at_any_moment(checkpoint, samples, tmp_path, monkeypatch):
     """kill -9 before, within and after writes: a rerun makes what is not marked, and the samples are the uninterrupted ones,
     byte for byte, for an image is always made in the same batch."""
@@ -145,8 +130,9 @@ def test_killed_at_any_moment(checkpoint, samples, tmp_path, monkeypatch):
 
 
 def test_killed_again_and_again(checkpoint, samples, tmp_path):
-    assert kills.run_with_kills("sample_ddp", argv(checkpoint, tmp_path), num_kills=10, seed=0, longest=40) > 3
-    assert files_of(tmp_path) == files_of(samples)
+    line = lambda k: argv(checkpoint, tmp_path / str(k))  # noqa: E731
+    for k in range(kills.run_with_kills("sample_ddp", line, num_kills=10, seed=0, longest=40)):
+        assert files_of(tmp_path / str(k)) == files_of(samples)
 
 
 def test_a_lost_picture_is_made_again(checkpoint, samples, tmp_path, monkeypatch):
@@ -253,7 +239,7 @@ def test_a_foreign_folder_is_refused(checkpoint, tmp_path):
 
 def test_published_edt_checkpoint_needs_no_model_name(tmp_path, tiny_vae):
     """A bare EDT state dict of other depths: sizes come from its keys; the codec is the flag's, since the file does not say."""
-    model = random_model(depths=(2, 1, 1, 3, 1), in_channels=4, num_classes=3)
+    model = random_edt(depths=(2, 1, 1, 3, 1), in_channels=4, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "edt.pt")
     common = ("--ckpt", str(tmp_path / "edt.pt"), "--vae", str(tiny_vae), "--num-sampling-steps", "2")
     inference.main([*common, "--classes", "0,2", "--per-class", "2", "--out", str(tmp_path / "grid.png"), "--trajectory", "2"])
@@ -265,13 +251,13 @@ def test_published_edt_checkpoint_needs_no_model_name(tmp_path, tiny_vae):
 def test_previews_end_with_the_finished_prediction(checkpoint):
     sampler = GaussianSampler(create_diffusion("4"), ddim=True)
     codec = load_codec("pixels")
-    (batch,) = generate(random_model(), sampler, codec, range(2), labels=lambda i: i, seed=0, num_previews=2)
+    (batch,) = generate(random_edt(), sampler, codec, range(2), labels=lambda i: i, seed=0, num_previews=2)
     assert len(batch.previews) == 2
     assert torch.equal(batch.previews[-1], batch.images)  # DDIM's last prediction of x_0 is the sample
 
 
 def test_guidance_of_one_is_the_plain_network():
-    model, sampler, codec = random_model(), GaussianSampler(create_diffusion("3")), load_codec("pixels")
+    model, sampler, codec = random_edt(), GaussianSampler(create_diffusion("3")), load_codec("pixels")
     calls = []
     model.register_forward_hook(lambda module, inputs, out: calls.append(len(inputs[0])))
     for guidance in (Guidance(), Guidance(1.5)):

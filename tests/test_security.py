@@ -150,6 +150,9 @@ def test_weights_of_extractors_are_not_unpickled(fails, tmp_path, rng):
         (f"cannot read {URL}: no (such) file?", "cannot read https://host.invalid/a.pt no (such) file?"),
         ("http://token@host/x", "http://host/x"),
         ("s3://key:secret@bucket/a?b=c d?e", "s3://bucket/a d?e"),
+        ("https:/user:secret@host/a?b=c", "https:/host/a"),  # a path was made of it
+        ("https://user:se/cr#et@host/a.pt", "https://host/a.pt"),
+        ("https://host:8080/a@b.pt", "https://host:8080/a@b.pt"),
         ("https://host/a.pt", "https://host/a.pt"),
         ("https://host/a@b.pt", "https://host/a@b.pt"),
         ("a/b?c@d", "a/b?c@d"),

@@ -1,5 +1,6 @@
 """``--fsdp``: the same training in shards, and what its checkpoints are good for."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,15 +18,17 @@ from models import load_checkpoint
 from models.checkpoints import build_model, read_checkpoint
 from runtime import cli
 from tests.launch import run_job
-from tests.runs import final_state, metrics, run_folder, train_argv
+from tests.runs import assert_same_state, final_state, metrics, run_folder, train_argv
 from training import consolidate, shards
-from training.checkpoint import checkpoint_files, remove_leftovers, whole_checkpoint
+from training.checkpoint import ENTRIES, checkpoint_files, remove_leftovers, whole_checkpoint
 from training.shards import FILES, join, read_facts, read_whole, split
 from training.step import TrainingStep
 
 UNIFORM = ("--timestep-sampler", "uniform")
 SIT = ("--model", "SiT-Ti/2", "--mediator-num", "4", "--mediator-layers", "2", "--grad-clip", "0.5")
 MDT = ("--model", "MDTv2-Ti/2", *UNIFORM)
+SHORT = ("--max-steps", "4")
+HALF = "shard-00002-model-00001-of-00003.safetensors"
 
 
 def argv(features: Path, results: Path, *extra: str) -> list[str]:
@@ -50,6 +53,15 @@ def difference(a: dict, b: dict) -> float:
 def assert_same_losses(a: Path, b: Path, rel: float = 1e-4) -> None:
     for one, other in zip(metrics(a), metrics(b), strict=True):
         assert one == pytest.approx(other, rel=rel), (one, other)
+
+
+def assert_same_optimizer(a: dict, b: dict) -> None:
+    """But for the order of sums."""
+    for i, entries in b["state"].items():
+        for key, value in entries.items():
+            scale = torch.as_tensor(value).abs().max().item()
+            torch.testing.assert_close(a["state"][i][key], value, rtol=0, atol=1e-5 * scale)
+    assert a["param_groups"] == b["param_groups"]
 
 
 def small_files(rank: int) -> None:
@@ -83,6 +95,37 @@ def fill_second_process_disk_after_step_4(rank: int) -> None:
     TrainingStep.__call__, safetensors.torch.save = counting, full
 
 
+def spoil_second_process_batch_in_step_1(rank: int) -> None:
+    small_files(rank)
+    call = TrainingStep.__call__
+
+    def spoiling(self, step, batch, *args, **kwargs):
+        if rank == 1 and step == 0:
+            batch = dataclasses.replace(batch, x0=torch.full_like(batch.x0, torch.nan))
+        return call(self, step, batch, *args, **kwargs)
+
+    TrainingStep.__call__ = spoiling
+
+
+def spoil_it_and_kill_in_second_write(rank: int) -> None:
+    """Half of a file of the second checkpoint is on the disk then."""
+    spoil_second_process_batch_in_step_1(rank)
+    folders, write, save = [], shards._write_tensors, safetensors.torch.save
+
+    def counting(tensors, folder):
+        folders.append(folder)
+        write(tensors, folder)
+
+    def killing(*args, **kwargs):
+        content = save(*args, **kwargs)
+        if rank == 1 and len(folders) == 2:
+            (folders[-1] / HALF).write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return content
+
+    shards._write_tensors, safetensors.torch.save = counting, killing
+
+
 @pytest.fixture(scope="module")
 def whole(latent_store, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("whole")
@@ -102,6 +145,15 @@ def sharded(latent_store, tmp_path_factory) -> Path:
     return results
 
 
+@pytest.fixture(scope="module")
+def learning(latent_store, tmp_path_factory) -> Path:
+    """Two processes in shards whose timestep sampler learns, and that skip step 1."""
+    results = tmp_path_factory.mktemp("learning")
+    flags = argv(latent_store, results, *SHORT, "--fsdp")
+    run_job("train_mask_adan", flags, 2, prepare=spoil_second_process_batch_in_step_1)
+    return results
+
+
 @pytest.fixture
 def copied(sharded, tmp_path) -> Path:
     """The run's folder, that may be changed."""
@@ -116,6 +168,46 @@ def test_two_then_three_processes_in_shards_train_as_one(whole, sharded, tmp_pat
     state = consolidated(run_folder(sharded) / "checkpoints" / "latest", tmp_path / "edt.pt")
     assert difference(state, final_state(whole)) < 1e-4
     assert not list(sharded.rglob(".*.tmp"))
+
+
+def test_everything_in_a_checkpoint_is_that_of_two_whole_processes(latent_store, learning, tmp_path):
+    """What the sampler has learned, what was skipped, and the optimizer's state among it."""
+    run_job("train_mask_adan", argv(latent_store, tmp_path, *SHORT), 2, prepare=spoil_second_process_batch_in_step_1)
+    state, expected = consolidated(run_folder(learning) / "checkpoints" / "latest", tmp_path / "edt.pt"), final_state(tmp_path)
+    assert difference(state, expected) < 1e-6
+    assert_same_optimizer(state["opt"], expected["opt"])
+    assert {"sampler", "skipped", "config", "data", "sums", "scaler", *ENTRIES} <= state.keys() == expected.keys()
+    for key in expected.keys() - {"model", "ema", "opt", "sampler", "sums", "args"}:
+        assert state[key] == expected[key], key
+    assert state["config"]["class_names"] == ["ant", "bee", "cat"] and state["skipped"] == 1
+    torch.testing.assert_close(state["sums"], expected["sums"])
+    assert_learned_the_same(state["sampler"], expected["sampler"])
+    assert_same_losses(tmp_path, learning, rel=1e-5)
+    moved = {"fsdp", "results_dir"}
+    assert {**state["args"], **dict.fromkeys(moved)} == {**expected["args"], **dict.fromkeys(moved)}
+
+
+def assert_learned_the_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key, value in b.items():
+        torch.testing.assert_close(torch.as_tensor(a[key]), torch.as_tensor(value), rtol=1e-5, atol=0)
+    assert torch.tensor(a["history"]).count_nonzero() == 3 * 6  # of the four steps, the first was skipped
+
+
+def test_killed_within_a_write_and_continued_equals_uninterrupted(latent_store, learning, tmp_path):
+    flags = argv(latent_store, tmp_path / "killed", *SHORT, "--fsdp", "--resume", "auto")
+    ended = run_job("train_mask_adan", flags, 2, prepare=spoil_it_and_kill_in_second_write, expect=None)
+    assert ended.codes == [1, -signal.SIGKILL] and "lost another process" in ended.errors[0]
+    folder = run_folder(tmp_path / "killed")
+    assert [path.name for path in checkpoint_files(folder)] == ["0000002"]
+    run_job("train_mask_adan", flags, 2, prepare=small_files)
+    results = {"killed": tmp_path / "killed", "whole": learning}
+    states = [
+        consolidated(run_folder(path) / "checkpoints" / "latest", tmp_path / f"{name}.pt") for name, path in results.items()
+    ]
+    assert_same_state(*states)
+    assert metrics(tmp_path / "killed") == metrics(learning)
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_a_full_disk_on_one_process_ends_all_and_leaves_what_was_saved(latent_store, tmp_path, fresh_accelerate_state):
@@ -152,12 +244,15 @@ def test_shards_go_on_from_a_plain_run_and_it_from_them(latent_store, tmp_path, 
     assert_same_losses(tmp_path / "whole", tmp_path / "mixed")
 
 
-def test_bf16_is_that_of_autocast(latent_store, tmp_path, fresh_accelerate_state):
+def test_bf16_is_that_of_autocast(latent_store, tmp_path):
     """Blocks are gathered in bf16, as autocast rounds them; the rest, and what is stored, is fp32."""
-    flags = [*SIT, "--precision", "bf16", "--max-steps", "2"]
-    run_job("attention_mediator.train", argv(latent_store, tmp_path / "sharded", *flags, "--fsdp"), 2)
-    train_sit.main(argv(latent_store, tmp_path / "whole", *flags))
-    assert_same_losses(tmp_path / "whole", tmp_path / "sharded", rel=1e-3)
+    flags = [*SIT, "--max-steps", "2", "--log-every", "1", "--init-lr", "0.003"]  # a block matters from the second step on
+    for name, extra in (("sharded", ("bf16", "--fsdp")), ("ddp", ("bf16",)), ("fp32", ("fp32",))):
+        run_job("attention_mediator.train", argv(latent_store, tmp_path / name, *flags, "--precision", *extra), 2)
+    assert_same_losses(tmp_path / "ddp", tmp_path / "sharded", rel=1e-6)
+    rounded, exact = metrics(tmp_path / "sharded")[-1], metrics(tmp_path / "fp32")[-1]
+    assert rounded["loss"] != pytest.approx(exact["loss"], rel=1e-5)
+    assert rounded["grad_norm"] != pytest.approx(exact["grad_norm"], rel=1e-4)
     folder = run_folder(tmp_path / "sharded") / "checkpoints" / "latest"
     state = consolidated(folder, tmp_path / "sit.pt")
     assert {value.dtype for value in state["model"].values()} == {torch.float32}

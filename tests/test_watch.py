@@ -129,7 +129,7 @@ def test_a_store_that_ended_is_no_failure(ends):
 
 
 def test_one_process_has_no_thread(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(watch, "LAUNCHED", False)
     watch.begin(None, 0, 1)
     assert watch._watch is None and watch.announce_failure() and watch.whose() == ""
 
@@ -139,12 +139,33 @@ def test_one_process_has_no_thread(monkeypatch):
 
 def test_under_plain_python_a_dead_parent_is_no_reason_to_stop(monkeypatch):
     monkeypatch.setattr(watch, "PARENT", 0)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(watch, "LAUNCHED", False)
     assert not watch.launcher_is_gone()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(watch, "LAUNCHED", True)
     assert watch.launcher_is_gone()
     monkeypatch.setattr(watch, "PARENT", os.getppid())
     assert not watch.launcher_is_gone()
+
+
+def launched(environment: dict[str, str], before: str = "") -> bool:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}\nfrom runtime import watch\nprint(watch.has_launcher())"],
+        env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=90, check=True,
+    )  # fmt: skip
+    return {"True\n": True, "False\n": False}[done.stdout]
+
+
+def test_accelerate_is_a_launcher_also_of_one_process():
+    """It sets none of torchrun's variables there: its process went on for ever when it was gone."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+    line = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "train.py"]
+    _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(line))
+    assert launched({**plain, **environment}) and launched({**plain, "TORCHELASTIC_RUN_ID": "none"})
+    assert not launched(plain)
+    assert not launched(plain, "from runtime import distributed; distributed.start_training('bf16')")
 
 
 def test_an_orphan_ends():

@@ -148,10 +148,11 @@ class Run:
 
     def _stop(self, reason: str) -> None:
         good = checkpoint_files(self.folder)
-        raise SharedError(
-            f"{reason}; the last good checkpoint is {good[0] if good else 'none'}: "
-            "start again with --init-from it and a lower --init-lr, a --grad-clip, or --precision fp32"
-        )
+        if good:
+            reason += f"; the last good checkpoint is {good[0]}: start again with --init-from it and"
+        else:
+            reason += "; there is no checkpoint yet: start again with"
+        raise SharedError(f"{reason} a lower --init-lr, a --grad-clip, or --precision fp32")
 
     def _save(self) -> None:
         """Only a state whose weights are all finite is written."""

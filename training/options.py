@@ -97,10 +97,11 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
 def _add_recipe_arguments(parser: ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="adan", help="adan is timm's")
-    recipe.add_argument("--init-lr", "--lr", type=positive_float, help="learning rate at step 0")
-    recipe.add_argument("--final-lr", type=non_negative_float, default=5e-5, help="learning rate at --lr-decay-steps and after")
+    rate = number(float, 0.0, 1000.0)  # far beyond it floats overflow
+    recipe.add_argument("--init-lr", "--lr", type=number(float, 0.0, 1000.0, exclusive=True), help="learning rate at step 0")
+    recipe.add_argument("--final-lr", type=rate, default=5e-5, help="learning rate at --lr-decay-steps and after")
     recipe.add_argument("--lr-decay-steps", type=non_negative_int, default=400_000, help="0 = constant learning rate")
-    recipe.add_argument("--weight-decay", type=non_negative_float, default=0.0)
+    recipe.add_argument("--weight-decay", type=rate, default=0.0)
     recipe.add_argument("--grad-clip", type=non_negative_float, default=0.0, help="largest norm of the gradient; 0 = any")
     recipe.add_argument(
         "--max-skipped-steps",
