@@ -191,7 +191,7 @@ def test_a_checkpoint_of_older_code_is_not_damaged(latent_store, continued, fail
     state = torch.load(folder / "0000006.pt", weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "skipped"}, folder / "0000006.pt")
     message = fails(train_mask_adan.main, *train_argv(latent_store, continued, "--resume", "auto"))
-    assert "0000006.pt lacks skipped: no run can go on from it" in message
+    assert "0000006.pt lacks skipped: no run can be continued from it" in message
     assert (folder / "0000006.pt").exists()
 
 
