@@ -8,6 +8,7 @@ unknown and abbreviated flags are errors. A mistake on the command line ends wit
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -118,12 +119,16 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     try:
         main(None)
         leave_group()
+        sys.stdout.flush()
     except torch.OutOfMemoryError as error:
         _fail(f"the device ran out of memory: lower the batch size or the micro-batch size ({str(error).splitlines()[0]})")
     except MemoryError as error:
         _fail(f"this machine ran out of memory{': ' if str(error) else ''}{error}")
     except SharedError as error:
         _fail(str(error), shared=True)
+    except BrokenPipeError:  # whoever reads the output, as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import train_mask_adan
 from evaluations import evaluator
 from models import create_model
 from runtime import cli
-from tests.launch import run_script
+from tests.launch import ROOT, run_script
 from tests.runs import train_argv
 
 
@@ -164,3 +166,11 @@ def test_evaluator_without_files(monkeypatch, capsys, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     argv = [tmp_path / "missing.npz", tmp_path / "a.npz", "--features", "pixels"]
     assert "missing.npz does not exist" in fails(monkeypatch, capsys, evaluator.main, argv)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """``python -m models | head`` ended in "Broken pipe"."""
+    process = subprocess.Popen([sys.executable, "-m", "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGPIPE and not error
