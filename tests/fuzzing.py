@@ -38,6 +38,7 @@ from data import sources
 from evaluations import evaluator
 from models.registry import FAMILIES
 from runtime import cli
+from training.data import Batches
 
 SLOW = (diffusers.AutoencoderKL, matplotlib.figure, timm, wandb)  # imported now: an alarm must not strike within
 SUCCESS, USAGE, CLEAR, NOT_ENDED, FAILURE = "success", "usage error", "clear error", "not ended", "failure"
@@ -286,12 +287,17 @@ def _work_is_cut_short() -> Iterator[None]:
             begin()
         return load_image(*args)
 
-    scores, load_image = evaluator.compute, sources.load_image
+    def draws(*args):
+        begin()
+        return make_batch(*args)
+
+    scores, load_image, make_batch = evaluator.compute, sources.load_image, Batches.__call__
     signal.signal(signal.SIGALRM, alarm)
     with contextlib.ExitStack() as stack:
         for family in FAMILIES.values():
             stack.enter_context(mock.patch.object(family.network, "forward", network(family.network.forward)))
         stack.enter_context(mock.patch.object(evaluator, "compute", compute))
+        stack.enter_context(mock.patch.object(Batches, "__call__", draws))
         stack.enter_context(mock.patch.object(sources, "load_image", load))
         _set_alarm(HANG_SECONDS)
         yield

@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 
+from data.npz import DAMAGE
 from models.checkpoints import read_file
 from models.checkpoints.files import SHARDED_FACTS
-from runtime.files import save_atomic
+from runtime.files import remove_temporaries, save_atomic
 from training.shards import check_files, is_sharded, read_facts
 
 LATEST, METRICS = "latest", "metrics.jsonl"
@@ -202,14 +202,15 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch itself does not look at the checksums
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # a flipped bit may say "encrypted"
+    except (OSError, *DAMAGE) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if broken:
         raise ValueError(f"{path} is damaged (the checksum of {broken} is wrong)")
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Half a checkpoint that a killed process left behind. Only for the owner of the folder."""
+    """What a killed process left half written. Only for the owner of the folder."""
+    remove_temporaries(run_folder)
     for path in (run_folder / "checkpoints").glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

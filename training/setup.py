@@ -194,11 +194,11 @@ def start_weights(args: Namespace, model: nn.Module, source: Source, objective: 
         if asked != held:
             flag = f"--{name.replace('_', '-')} {asked or '(none)'}"
             raise ValueError(f"{flag}: {checkpoint.path} has {held or 'none'}; give the same")
-    broken = [name for name, value in checkpoint.state.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"{checkpoint.path}: {broken[0]} is not finite: nothing can be learned from there")
     if not warm_start(model, checkpoint):
         note(f"{checkpoint.path} has another number of classes: the label table starts afresh")
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise ValueError(f"{checkpoint.path}: {broken[0]} is not finite: nothing can be learned from there")
 
 
 def _setting(config: object, name: str) -> int | None:

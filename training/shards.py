@@ -34,9 +34,10 @@ NAME_SEPARATOR = "/"
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is a sharded checkpoint's, whole or not; one in a run has the step as its name."""
+    if not path.is_dir():
+        return False
     folder = path.resolve()
-    in_a_run = folder.name.isdecimal() and folder.parent.name == "checkpoints"
-    return path.is_dir() and (in_a_run or (path / SHARDED_FACTS).is_file())
+    return (folder.name.isdecimal() and folder.parent.name == "checkpoints") or (folder / SHARDED_FACTS).is_file()
 
 
 def split(state: dict) -> tuple[dict, dict[str, DTensor]]:
@@ -192,3 +193,5 @@ def _read_tensors(tensors: dict[str, Tensor], path: Path, no_dist: bool = False)
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.fspath(path)), no_dist=no_dist)
     except CheckpointException as error:
         raise SharedError(f"cannot read {path}: {_first_failure(error)}") from error
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:  # headers that were never written
+        raise ValueError(f"{path} is damaged ({error!r})") from error
