@@ -37,7 +37,7 @@ test-tf: .venv-tf/installed
 test-cuda: .venv/installed
 	REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/test_cuda.py
 
-# Half an hour of kills and fuzz.
+# A quarter of an hour of kills and fuzz.
 soak: .venv/installed
 	rm -f soak_report.md
 	$(BIN)/python -m pytest -m soak tests/test_soak.py tests/test_elastic.py; status=$$?; cat soak_report.md; exit $$status

@@ -22,9 +22,9 @@ from runtime import fetch as fetching
 from runtime.fetch import fetch
 from runtime.redact import redact, redact_values
 from tests.launch import ROOT
+from tests.runs import train_argv
 from tests.sit_checkpoints import random_checkpoint
 from tests.test_bad_input import Malicious
-from tests.test_training import train_argv
 
 # What runs code from data, a shell, or takes a name that another program may take first; and what unpacks archives.
 FORBIDDEN = (
