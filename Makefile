@@ -1,4 +1,4 @@
-# make demo | demo-mediators | demo-compare | test | test-tf | test-cuda | soak | lint | bench | demo-clean | clean. Needs Python
+# make demo | demo-mediators | demo-compare | test | test-tf | test-cuda | soak | lint | bench | bench-more | demo-clean | clean. Needs Python
 # 3.11, git and make; everything else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -8,7 +8,7 @@ D := demo_output
 PROCESSES = $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count() or 2; print(2 ** (n.bit_length() - 1))")
 TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo demo-mediators demo-compare test test-tf test-cuda soak lint bench demo-clean clean
+.PHONY: demo demo-mediators demo-compare test test-tf test-cuda soak lint bench bench-more demo-clean clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt pyproject.toml
@@ -46,8 +46,13 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every network against its plain formulation: 25 minutes on two cores.
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.edt
+	$(BIN)/python -m benchmarks.run
+
+# The other tables of benchmarks/RESULTS.md.
+bench-more: .venv/installed
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.mediators
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.evaluator

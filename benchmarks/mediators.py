@@ -7,16 +7,16 @@ import copy
 import dataclasses
 import textwrap
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import add_limit_arguments, compiled, forward_call, limits, modes, random_inputs, randomized
+from benchmarks.plain_loops import sample_with_two_calls
 from benchmarks.reference import with_plain_attention
 from benchmarks.report import device_name, environment, table, write_section
 from benchmarks.timing import Case, Result, measure, time_ratio
-from diffusion.transport import SDE, Sampler, create_transport
+from diffusion.transport import Sampler, create_transport
 from models import create_model
 from models.attention import Attention
 from models.macs import multiply_accumulates as macs
@@ -150,18 +150,6 @@ def memory_line(args, name: str, results: dict[int, dict[str, Result]]) -> str:
 
 def no_noise(x: Tensor) -> Callable[[int], Tensor]:
     return lambda k: torch.zeros_like(x)
-
-
-def sample_with_two_calls(sde: SDE, x: Tensor, model: Callable[..., Tensor], **model_kwargs) -> Tensor:
-    """SDE Euler as published, without noise: the velocity and the score each call the network."""
-    velocity, score = sde.transport.get_drift(), sde.transport.get_score()
-
-    def drift(x: Tensor, t: Tensor) -> Tensor:
-        return velocity(x, t, model, **model_kwargs) + sde.diffusion(t).item() * score(x, t, model, **model_kwargs)
-
-    for t, t_next in pairwise(sde.times):
-        x = x + (t_next - t).item() * drift(x, t)
-    return x + sde.last_step_size * drift(x, sde.times[-1])
 
 
 class CountedNetwork:

@@ -7,16 +7,18 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from data.sources import DummySource
+from models.inference import prepare
 from models.layers import compile_blocks
 from models.registry import FAMILIES
 from runtime import cli
+from runtime.distributed import start_training
 from training.data import Batch, Batches, DataOrder
-from training.ema import EMA
 from training.objective import DEFAULTS, create_objective
-from training.optim import create_optimizer
+from training.placement import Replicated
 from training.step import TrainingStep
 
 SEED = 0
@@ -73,6 +75,11 @@ def random_inputs(config, batch_size: int, device: torch.device) -> tuple[Tensor
     return x.to(device), t.to(device), y.to(device)
 
 
+def prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy as compiled sampling has it."""
+    return prepare(copy.deepcopy(model), dtype, compile=True)
+
+
 def forward_call(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
     """As in sampling. dtype: of autocast, which casts the weights at every call here; None: off."""
     device = inputs[0].device
@@ -100,19 +107,33 @@ def _at_mean_share(place):
 
 
 def training_step(
-    network: nn.Module, batch_size: int, accelerator: Accelerator, optimizer: str = "adan", **recipe: str | float
+    network: nn.Module,
+    batch_size: int,
+    accelerator: Accelerator,
+    optimizer: str = "adan",
+    *,
+    compile: bool = False,
+    gradient_checkpointing: bool = False,
+    **recipe: str | float,
 ) -> TrainingStep:
-    """The pieces of the training scripts. recipe: of the objective, in place of the scripts' defaults for the network's."""
-    network.to(accelerator.device).train()
+    """The pieces of the training scripts, put together as they do it. compile, gradient_checkpointing: as their flags. recipe:
+    of the objective, in place of the scripts' defaults for the network's."""
+    args = Namespace(
+        ema_decay=EMA_DECAY,
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
+        optimizer=optimizer,
+        init_lr=LEARNING_RATE,
+        weight_decay=0.0,
+    )
+    placement = Replicated(args, network, accelerator)
     name = FAMILIES[type(network.config)].objective
     objective = create_objective(Namespace(objective=name, **DEFAULTS[name] | recipe))
-    ema = EMA(network, EMA_DECAY)
-    model, prepared = accelerator.prepare(network, create_optimizer(optimizer, network.parameters(), LEARNING_RATE))
     return TrainingStep(
         accelerator=accelerator,
-        model=model,
-        optimizer=prepared,
-        ema=ema,
+        model=placement.model,
+        optimizer=placement.optimizer,
+        ema=placement.ema,
         diffusion=objective.mathematics,
         timestep_sampler=objective.timestep_sampler,
         seed=SEED,
@@ -120,3 +141,9 @@ def training_step(
         share=range(batch_size),
         micro_batch_size=batch_size,
     )
+
+
+def fresh_accelerator(precision: str) -> Accelerator:
+    """accelerate keeps one precision for the life of a process; what an earlier accelerator has prepared keeps its own."""
+    AcceleratorState._reset_state()
+    return start_training(precision)

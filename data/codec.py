@@ -111,22 +111,27 @@ class VAECodec(Codec):
         self.name, self.device, self.slice_pixels = name, device, slice_pixels
         self.scale, self.latent_channels = float(config.scaling_factor), config.latent_channels
         self.downsample = 2 ** (len(config.block_out_channels) - 1)  # every block but the last halves the image
-        self.vae = vae.to(device, torch.float32).eval().requires_grad_(False)
+        vae = vae.to(device, torch.float32, memory_format=torch.channels_last)
+        self.vae = vae.eval().requires_grad_(False)
 
     def _slices(self, batch: Tensor, pixels: int) -> tuple[Tensor, ...]:
         """The batch cut for images of so many pixels each."""
         return batch.split(max(1, self.slice_pixels // pixels))
 
+    def _input(self, part: Tensor) -> Tensor:
+        """On the device, channels last like the weights: what CUDA's convolutions work in; a CPU gains in encoding only."""
+        return part.to(self.device).float().contiguous(memory_format=torch.channels_last)
+
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         slices = self._slices(images, images.shape[1:].numel() // 3)
-        posteriors = [self.vae.encode(to_float(part.to(self.device))).latent_dist for part in slices]
+        posteriors = [self.vae.encode(self._input(to_float(part.to(self.device)))).latent_dist for part in slices]
         return torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         slices = self._slices(latents, latents.shape[2:].numel() * self.downsample**2)
-        return torch.cat([to_uint8(self.vae.decode(part.to(self.device).float() / self.scale).sample) for part in slices])
+        return torch.cat([to_uint8(self.vae.decode(self._input(part) / self.scale).sample) for part in slices])
 
 
 def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.guidance import varies
 from diffusion.schedule import NUM_TIMESTEPS, linear_betas, respace_betas, space_timesteps
 
 Model = Callable[..., Tensor]
@@ -176,10 +177,10 @@ class GaussianDiffusion:
         step_noise(k) gives the noise added after step k = 1, 2, ..., so that a caller can make it a function of each sample.
         """
 
-        def step(x: Tensor, t: Tensor, added: Tensor) -> dict[str, Tensor]:
-            return self.p_sample(model, x, t, added, clip_denoised, model_kwargs)
+        def step(asked: Model, x: Tensor, t: Tensor, added: Tensor) -> dict[str, Tensor]:
+            return self.p_sample(asked, x, t, added, clip_denoised, model_kwargs)
 
-        return self._steps(step, noise, step_noise, draws=True)
+        return self._steps(step, model, noise, step_noise, draws=True)
 
     def ddim_sample_loop_progressive(
         self,
@@ -192,20 +193,27 @@ class GaussianDiffusion:
     ) -> Iterator[dict[str, Tensor]]:
         """DDIM from ``noise``; as :meth:`p_sample_loop_progressive`. With eta = 0 nothing is drawn."""
 
-        def step(x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
-            return self.ddim_sample(model, x, t, added, clip_denoised, model_kwargs, eta)
+        def step(asked: Model, x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
+            return self.ddim_sample(asked, x, t, added, clip_denoised, model_kwargs, eta)
 
-        return self._steps(step, noise, step_noise, draws=bool(eta))
+        return self._steps(step, model, noise, step_noise, draws=bool(eta))
 
     def _steps(
-        self, step: Callable[..., dict[str, Tensor]], noise: Tensor, step_noise: StepNoise | None, draws: bool
+        self,
+        step: Callable[..., dict[str, Tensor]],
+        model: Model,
+        noise: Tensor,
+        step_noise: StepNoise | None,
+        draws: bool,
     ) -> Iterator[dict[str, Tensor]]:
-        """step(x, t, added noise) from t = T-1 to 0. draws: whether it wants noise."""
+        """step(network, x, t, added noise) from t = T-1 to 0. draws: whether it wants noise."""
         x = noise
         for k, i in enumerate(reversed(range(self.num_timesteps)), start=1):
             t = torch.full((len(x),), i, device=x.device)
             added = None if not draws else step_noise(k).to(x.device) if step_noise else torch.randn_like(x)
-            out = step(x, t, added)
+            original = self.timestep_map[i]
+            asked = model.at(original, original / NUM_TIMESTEPS) if varies(model) else model
+            out = step(asked, x, t, added)
             yield out
             x = out["sample"]
 

@@ -1,10 +1,14 @@
-"""Multi-head self-attention: plain, with a relative position bias, and with AMM, through PyTorch's fused kernels."""
+"""Multi-head self-attention: plain, with a relative position bias, and with AMM; :func:`attention_kernel` says through what."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.amm import MAXIMA, amm_matrix
+from models.flex import flex_attention_with, flex_available
+from models.softmax import softmax
+
+WRITTEN_OUT_SCORES = 2**20  # of a head: more are not stored
 
 
 class RelativePositionBias(nn.Module):
@@ -24,16 +28,22 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """(H, N, N)."""
-        return self.relative_position_bias_table.t()[:, self.relative_position_index]
+        return _columns(self.relative_position_bias_table.t(), self.relative_position_index)
 
-    def offsets(self, tokens: Tensor) -> Tensor:
-        """tokens (B, K) int64 -> the rows of the table for each pair of them, (B, K, K), which :meth:`among` takes. They are
-        the same for all attentions on one grid."""
-        return self.relative_position_index[tokens[:, :, None], tokens[:, None, :]]
+    def pairs(self, tokens: Tensor) -> Tensor:
+        """tokens (B, K) int64 -> what :meth:`among` takes: each pair of them, (B, K, K), as query * N + key. The same for all
+        attentions on one grid."""
+        return tokens[:, :, None] * len(self.relative_position_index) + tokens[:, None, :]
 
-    def among(self, offsets: Tensor) -> Tensor:
+    def among(self, pairs: Tensor) -> Tensor:
         """The bias among some tokens of each sample: (B, H, K, K)."""
-        return F.embedding(offsets, self.relative_position_bias_table).permute(0, 3, 1, 2)
+        # By way of the whole bias: in the backward a GPU adds few numbers to each of many, not many to each row of the table.
+        return _columns(self().flatten(1), pairs).transpose(0, 1)
+
+
+def _columns(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (H, L), index of any shape -> (H, *index.shape). Several times faster than indexing, above all in the backward."""
+    return rows.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 def _padded_head_dim(head_dim: int, device: torch.device) -> int:
@@ -49,8 +59,37 @@ def _working_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def attention_kernel(q: Tensor, k: Tensor, bias: Tensor | None) -> str:
+    """Through what :func:`attend` is computed fastest: "fused", PyTorch's own kernels; "written-out"; or "flex", a kernel
+    compiled for the purpose.
+
+    On a CPU (measured without AMX) the fused kernel is slower in bf16 than products and softmax one after the other, and it
+    has no gradient for a bias.
+    """
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= WRITTEN_OUT_SCORES:
+        learns = bias is not None and bias.requires_grad
+        return "written-out" if learns or q.dtype == torch.bfloat16 else "fused"
+    return "flex" if q.shape[2] == k.shape[2] and flex_available(q, torch.is_grad_enabled()) else "fused"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v. q (B, H, N, head_dim), k and v (B, H, N_keys, head_dim); bias broadcasts to
+    (B, H, N, N_keys)."""
+    kernel = attention_kernel(q, k, bias)
+    if kernel == "flex" and bias is not None:
+        return flex_attention_with(q, k, v, bias)
+    return written_out_attention(q, k, v, bias) if kernel == "written-out" else fused_attention(q, k, v, bias)
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
+    """:func:`attend`, with scores and probabilities in memory. factor (N, N_keys): multiplies the probabilities."""
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    probabilities = softmax(scores if bias is None else scores.add_(bias))
+    return (probabilities if factor is None else probabilities * factor) @ v
+
+
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim) + bias) v. q, k, v: (B, H, N, head_dim); bias broadcasts to (B, H, N, N_keys)."""
+    """:func:`attend`, through PyTorch's fused kernels."""
     head_dim = q.shape[-1]
     padding = _padded_head_dim(head_dim, q.device) - head_dim
     if padding:
@@ -89,7 +128,8 @@ class BiasedAttention(nn.Module):
             return None
         weight, tables = self.proj.weight, self._bias_tables()
         dtype = _working_dtype(weight)
-        if torch.is_grad_enabled() or any(table.is_inference() for table in tables):
+        # A compiled graph without gradients has it among its constants.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(table.is_inference() for table in tables):
             return self._expand_bias(dtype)
         key = (weight.device, dtype, *((id(table), table.data_ptr(), table._version) for table in tables))
         if key != self._cache_key:
@@ -119,9 +159,9 @@ class Attention(BiasedAttention):
 
     position_bias: a learned :class:`RelativePositionBias` to add, or None. amm: None, "exp" or "cos"; in eval mode the
     attention probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None,
-    (1, H, N, N), or with active AMM (1, 1 or H, N, 2N).
+    (1, H, N, N).
 
-    AMM through a fused softmax: with c = max M, every key appears twice, once with score s + log M and its value v, once with
+    AMM through a fused kernel: with c = max M, every key appears twice, once with score s + log M and its value v, once with
     score s + log(c - M) and value 0. The denominator is then c * sum(exp s) and the numerator sum(exp(s) M v), so c times the
     result is the wanted one; nothing of size (B, H, N, N) is stored.
     """
@@ -130,12 +170,12 @@ class Attention(BiasedAttention):
         super().__init__(width, num_heads)
         if position_bias is not None:
             self.rel_pos_bias = position_bias
-        self.amm = amm
+        self.grid, self.amm = grid, amm
         if amm:
             matrix = amm_matrix(grid, amm, torch.float64)
-            self.amm_max = MAXIMA[amm]
-            rest = (self.amm_max - matrix).clamp(min=0)  # the diagonal is 0, or its rounding
+            rest = (MAXIMA[amm] - matrix).clamp(min=0)  # the diagonal is 0, or its rounding
             logs = torch.cat([matrix.log(), rest.log()], dim=1).float()
+            self.register_buffer("amm_matrix", matrix.float(), persistent=False)  # (N, N)
             self.register_buffer("amm_log", logs, persistent=False)  # (N, 2N)
 
     @property
@@ -146,24 +186,20 @@ class Attention(BiasedAttention):
         return (self.rel_pos_bias.relative_position_bias_table,) if hasattr(self, "rel_pos_bias") else ()
 
     def _expand_bias(self, dtype: torch.dtype) -> Tensor | None:
-        bias = self.rel_pos_bias()[None] if hasattr(self, "rel_pos_bias") else None  # (1, H, N, N)
-        if self.amm_is_active:
-            logs = self.amm_log[None, None]
-            bias = logs if bias is None else torch.cat([bias, bias], dim=-1) + logs
-        return None if bias is None else bias.to(dtype)
+        return self.rel_pos_bias()[None].to(dtype) if hasattr(self, "rel_pos_bias") else None
 
-    def score_bias_among(self, offsets: Tensor) -> Tensor:
-        """:meth:`score_bias` where a sample has only some of the tokens, (B, H, K, K); offsets: see
-        :meth:`RelativePositionBias.offsets`. Raises ValueError while AMM is active, which needs them all."""
+    def score_bias_among(self, pairs: Tensor) -> Tensor:
+        """:meth:`score_bias` where a sample has only some of the tokens, (B, H, K, K); pairs: see
+        :meth:`RelativePositionBias.pairs`. Raises ValueError while AMM is active, which needs them all."""
         if self.amm_is_active:
             raise ValueError("AMM is active: it needs all tokens")
-        return offsets if self.expands_inside else self._expand_among(offsets)
+        return pairs if self.expands_inside else self._expand_among(pairs)
 
-    def _expand_among(self, offsets: Tensor) -> Tensor:
-        return self.rel_pos_bias.among(offsets).to(_working_dtype(self.proj.weight)).contiguous()
+    def _expand_among(self, pairs: Tensor) -> Tensor:
+        return self.rel_pos_bias.among(pairs).to(_working_dtype(self.proj.weight)).contiguous()
 
     def _expanded(self, bias: Tensor | None) -> Tensor | None:
-        """As above; offsets stand for the bias among some tokens."""
+        """As above; pairs stand for the bias among some tokens."""
         if self.expands_inside and bias is not None:
             return self._expand_among(bias)
         return super()._expanded(bias)
@@ -172,10 +208,20 @@ class Attention(BiasedAttention):
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned; it is an argument so that a compiled block
         contains neither the cache nor its test."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D/H)
-        if self.amm_is_active:
-            k, v = torch.cat([k, k], dim=2), torch.cat([v, torch.zeros_like(v)], dim=2)
-        x = fused_attention(q, k, v, self._expanded(bias))
-        if self.amm_is_active:
-            x = x * self.amm_max
+        parts = self.qkv(x).chunk(3, dim=2)
+        q, k, v = (part.view(B, N, self.num_heads, -1).transpose(1, 2) for part in parts)  # each (B, H, N, D/H)
+        bias = self._expanded(bias)
+        x = self._modulated(q, k, v, bias) if self.amm_is_active else attend(q, k, v, bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+    def _modulated(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """:func:`attend` with AMM."""
+        kernel = attention_kernel(q, k, bias)
+        if kernel == "flex":
+            return flex_attention_with(q, k, v, bias, self.grid, self.amm)
+        if kernel == "written-out":
+            return written_out_attention(q, k, v, bias, self.amm_matrix.to(q.dtype))
+        logs = self.amm_log[None, None]
+        doubled_bias = logs if bias is None else torch.cat([bias, bias], dim=-1) + logs
+        doubled = torch.cat([k, k], dim=2), torch.cat([v, torch.zeros_like(v)], dim=2)
+        return MAXIMA[self.amm] * fused_attention(q, *doubled, doubled_bias.to(q.dtype))

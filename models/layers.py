@@ -44,6 +44,15 @@ def normalize(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, 0.5 x (1 + tanh u) = x sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # Fused with its neighbours, a sigmoid takes less than half the time of a tanh, and so does its derivative.
+        h = x.float()
+        return (h * torch.sigmoid(2 * math.sqrt(2 / math.pi) * h * (1 + 0.044715 * h.square()))).to(x.dtype)
+    return F.gelu(x, approximate="tanh")
+
+
 class PatchEmbed(nn.Module):
     """(B, C, S, S) -> (B, N, D): a p x p convolution with stride p, tokens in row-major order."""
 
@@ -53,7 +62,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Contiguous: the residual stream keeps the layout it starts with, and every norm would copy a transposed one.
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -105,7 +114,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -197,10 +197,10 @@ class MDT(GuidedNetwork):
     def _encode(self, x: Tensor, c: Tensor, tokens: Tensor | None) -> Tensor:
         """x: (B, N, D), or only the tokens (B, K), as (B, K, D)."""
         table = self.en_inblocks[0].attn.rel_pos_bias
-        offsets = None if tokens is None else table.offsets(tokens)
+        pairs = None if tokens is None else table.pairs(tokens)
 
         def bias(attention: Attention) -> Tensor:
-            return attention.score_bias() if offsets is None else attention.score_bias_among(offsets)
+            return attention.score_bias() if pairs is None else attention.score_bias_among(pairs)
 
         skips = []
         for block in self.en_inblocks:

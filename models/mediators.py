@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import BiasedAttention, fused_attention
+from models.attention import BiasedAttention, attend
 
 TABLE_SIDE = 7  # of the learned tables an_bias and na_bias, which are resized to the grid
 
@@ -72,8 +72,8 @@ class MediatorAttention(BiasedAttention):
         )  # (B, N, D)
         gather_bias, read_bias = self._expanded(bias)
         mediators = self._heads(self._pool(q))  # (B, H, M, D/H)
-        values = fused_attention(mediators, self._heads(k), self._heads(v), gather_bias)  # (B, H, M, D/H)
-        out = fused_attention(self._heads(q), mediators, values, read_bias).transpose(1, 2).flatten(2)
+        values = attend(mediators, self._heads(k), self._heads(v), gather_bias)  # (B, H, M, D/H)
+        out = attend(self._heads(q), mediators, values, read_bias).transpose(1, 2).flatten(2)
         return self.proj(_tokens(self.dwc(self._image(v))).add_(out))
 
     def _heads(self, x: Tensor) -> Tensor:

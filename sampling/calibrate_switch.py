@@ -20,7 +20,7 @@ from torch import Tensor
 from data.codec import PixelCodec
 from models.stepwise import DISTANCES, StageTracker, SwitchPolicy
 from runtime import cli
-from runtime.distributed import autocast_dtype, start
+from runtime.distributed import start
 from sampling.generate import generate, label_source
 from sampling.options import add_sampling_arguments, add_transport_arguments, read_guidance
 from sampling.samplers import SwitchingSampler
@@ -132,7 +132,6 @@ def record(args: Namespace, switching: Switching) -> Trajectories:
         seed=args.seed,
         guidance=read_guidance(args),
         batch_size=args.batch_size,
-        autocast_dtype=autocast_dtype(args.precision),
     )
     records = [batch.records for batch in batches]
     changes, by_step, calls = (

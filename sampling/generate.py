@@ -4,6 +4,7 @@ Label, initial noise and every later noise of image i are functions of (seed, i)
 size, any number of processes and any number of restarts.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.guidance import ClassifierFreeGuidance
+from runtime.ahead import CallAhead, read_ahead
 from runtime.draws import Purpose, normals, uniforms
-from sampling.samplers import Sampler
+from sampling.samplers import Sampler, StepNoise
 
 LabelOf = Callable[[int], int]
 LABEL_RULES = ("random", "balanced")
@@ -25,7 +27,7 @@ class Batch:
     """Finished images of one network batch.
 
     previews: decoded x_0 predictions of some steps, where asked for. records: what the sampler tells about each sample beside
-    it, by name, each (B, ...) on the CPU.
+    it, by name, each (B, ...) on the CPU. copied: the end of the copies from the device; None: they are at their end.
     """
 
     image_ids: list[int]
@@ -33,14 +35,24 @@ class Batch:
     images: Tensor  # (B, H, W, 3) uint8, on the CPU
     previews: list[Tensor]  # each like images
     records: dict[str, Tensor]
+    copied: torch.cuda.Event | None = None
+
+    def wait(self) -> "Batch":
+        """This batch, once its tensors have arrived on the CPU."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+        return self
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance; channels: how many of the first latent channels are guided, None for all."""
+    """Classifier-free guidance; channels: how many of the first latent channels are guided, None for all. interval: the noise
+    levels that are guided, None for all: see :class:`diffusion.guidance.ClassifierFreeGuidance`."""
 
     scale: float = 1.0
     channels: int | None = 3
+    interval: tuple[float, float] | None = None
 
 
 @torch.inference_mode()
@@ -54,35 +66,97 @@ def generate(
     seed: int,
     guidance: Guidance = Guidance(),
     batch_size: int = 32,
-    autocast_dtype: torch.dtype | None = None,
     num_previews: int = 0,
+    pad_last: bool = False,
+    wait: bool = True,
+    after_step: Callable[[], None] | None = None,
 ) -> Iterator[Batch]:
     """Yield the images ``image_ids`` in order, in batches; callers only parse and write.
 
     model: in eval mode, on the device to work on; its config gives the latents' shape and the null label. codec: decodes
     latents. labels: the label of image i. num_previews: decode the x_0 prediction of so many evenly spread steps, the last
-    included.
+    included. pad_last: fill the last batch up with copies of its last image, which are then dropped, so that a compiled network
+    meets one shape only; where the sampler's steps depend on the whole batch (adaptive solvers) it stays as it is. wait: False
+    yields a batch before its tensors have arrived, so that the device goes on with the next one: call :meth:`Batch.wait`.
+    after_step: called after each step; what it raises ends the sampling.
     """
     config, device = model.config, next(model.parameters()).device
     shape = (config.in_channels, config.input_size, config.input_size)
-    guided = ClassifierFreeGuidance(model, guidance.scale, config.num_classes, guidance.channels)
+    draws = _Draws(seed, shape, labels, device, batch_size if pad_last and not sampler.coupled else None)
+    guided = ClassifierFreeGuidance(model, guidance.scale, config.num_classes, guidance.channels, guidance.interval)
     previewed = set(np.linspace(1, sampler.num_steps, num_previews).round().astype(int).tolist()) if num_previews else set()
-    for start in range(0, len(image_ids), batch_size):
-        ids = list(image_ids[start : start + batch_size])
-        y = torch.tensor([int(labels(i)) for i in ids])
-        noise = normals(seed, Purpose.SAMPLE_NOISE, ids, 0, shape).to(device)
+    cut = [list(image_ids[start : start + batch_size]) for start in range(0, len(image_ids), batch_size)]
+    with contextlib.closing(draws.starts(cut)) as starts:
+        for ids, y, noise in starts:
+            previews = []
+            with draws.of_steps(ids, sampler.num_steps) as step_noise:
+                for k, out in enumerate(sampler(guided, draws.moved(noise), draws.moved(y), step_noise), start=1):
+                    if k in previewed:
+                        previews.append(out["pred_xstart"])
+                    if after_step:
+                        after_step()
+            batch = _finish(codec, ids, y, out, previews)
+            yield batch.wait() if wait else batch
 
-        def step_noise(k: int, ids: list[int] = ids) -> Tensor:
-            return normals(seed, Purpose.SAMPLE_NOISE, ids, k, shape)
 
-        previews = []
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            for k, out in enumerate(sampler(guided, noise, y.to(device), step_noise), start=1):
-                if k in previewed:
-                    previews.append(out["pred_xstart"])
-        previews = [codec.decode(preview).cpu() for preview in previews]  # outside autocast, as the finished images
-        records = {name: value.cpu() for name, value in out.items() if name not in ("sample", "pred_xstart")}
-        yield Batch(ids, y, codec.decode(out["sample"]).cpu(), previews, records)
+class _Draws:
+    """What is drawn for a job: labels, initial noise and step noise, functions of (seed, image, step) alone.
+
+    Of an accelerator a thread draws one thing ahead, into pinned memory, and copies wait for nothing. A CPU draws in the time
+    of the network, whichever thread does it. full: the size to which batches are filled up; None: they are not.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, ...], labels: LabelOf, device: torch.device, full: int | None):
+        self.seed, self.shape, self.labels, self.device, self.full = seed, shape, labels, device, full
+        self.ahead = device.type != "cpu"
+
+    def starts(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """The images, labels and initial noise of each batch; the latter two may be filled up."""
+        drawn = (self._start(ids) for ids in batches)
+        return read_ahead(drawn) if self.ahead else drawn
+
+    def _start(self, ids: list[int]) -> tuple[list[int], Tensor, Tensor]:
+        filled = self._filled(ids)
+        return ids, self._pinned(torch.tensor([int(self.labels(i)) for i in filled])), self._noise(filled, 0)
+
+    @contextlib.contextmanager
+    def of_steps(self, ids: list[int], num_steps: int) -> Iterator[StepNoise]:
+        """The noise of step k = 1, 2, ..., num_steps of a batch, on the device."""
+        filled = self._filled(ids)
+        if not self.ahead:
+            yield lambda k: self._noise(filled, k)
+            return
+        with CallAhead(lambda k: self._noise(filled, k), num_steps) as drawn:
+            yield lambda k: self.moved(drawn(k))
+
+    def _filled(self, ids: list[int]) -> list[int]:
+        return ids + ids[-1:] * ((self.full or 0) - len(ids))
+
+    def _noise(self, ids: list[int], k: int) -> Tensor:
+        return self._pinned(normals(self.seed, Purpose.SAMPLE_NOISE, ids, k, self.shape))
+
+    def _pinned(self, drawn: Tensor) -> Tensor:
+        return drawn.pin_memory() if self.device.type == "cuda" else drawn
+
+    def moved(self, drawn: Tensor) -> Tensor:
+        return drawn.to(self.device, non_blocking=self.device.type == "cuda")
+
+
+def _finish(codec, ids: list[int], y: Tensor, out: dict[str, Tensor], previews: list[Tensor]) -> Batch:
+    """Decode, and begin to copy the images to the CPU."""
+    count = len(ids)
+
+    def to_host(value: Tensor) -> Tensor:
+        return value[:count].to("cpu", non_blocking=value.is_cuda)  # from CUDA into pinned memory
+
+    decoded = [to_host(codec.decode(preview)) for preview in previews]
+    records = {name: to_host(value) for name, value in out.items() if name not in ("sample", "pred_xstart")}
+    images = to_host(codec.decode(out["sample"]))
+    copied = None
+    if out["sample"].is_cuda:
+        copied = torch.cuda.Event(blocking=True)
+        copied.record(torch.cuda.current_stream(out["sample"].device))
+    return Batch(ids, y[:count], images, decoded, records, copied)
 
 
 def label_source(spec: str, num_classes: int, seed: int, num_images: int) -> LabelOf:

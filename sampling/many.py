@@ -10,11 +10,12 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
+from runtime.ahead import WriteBehind
 from runtime.cli import ArgumentParser, BooleanFlag, positive_int
 from runtime.distributed import my_share, together
 from runtime.files import SharedRows, batches_to_do, file_sha256
 from runtime.locks import folder_lock
-from sampling.generate import LABEL_RULES, generate, label_source
+from sampling.generate import LABEL_RULES, Batch, generate, label_source
 from sampling.options import Pipeline
 from sampling.writers import SampleFolder, Table
 
@@ -74,18 +75,26 @@ def _make(
 ) -> None:
     """Make the batches of ``share``, all of the same size but for the last of all, and write what is ``missing``."""
     image_ids = [image_id for batch in share for image_id in batch]
-    batches = generate(
-        pipeline.model,
-        pipeline.sampler,
-        pipeline.codec,
-        image_ids,
-        labels=labels,
-        seed=args.seed,
-        guidance=pipeline.guidance,
-        batch_size=args.per_proc_batch_size,
-        autocast_dtype=pipeline.autocast_dtype,
-    )
     with folder, tqdm(total=len(image_ids), unit="image", disable=not show, desc="sampling") as bar:
-        for batch in batches:
-            folder.write(batch, missing)
+
+        def write(batch: Batch) -> None:
+            folder.write(batch.wait(), missing)
             bar.update(len(batch.image_ids))
+
+        with WriteBehind(write) as behind:
+            batches = generate(
+                pipeline.model,
+                pipeline.sampler,
+                pipeline.codec,
+                image_ids,
+                labels=labels,
+                seed=args.seed,
+                guidance=pipeline.guidance,
+                batch_size=args.per_proc_batch_size,
+                pad_last=args.compile,
+                wait=False,
+                after_step=behind.check,
+            )
+            with contextlib.closing(batches):
+                for batch in batches:
+                    behind.put(batch)

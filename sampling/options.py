@@ -1,5 +1,6 @@
 """The flags that the sampling scripts share, and what they build."""
 
+import argparse
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from torch import nn
 from data.codec import Codec, load_codec
 from data.store import PUBLISHED_CODEC
 from diffusion import create_diffusion
+from diffusion.guidance import check_interval
 from diffusion.transport import ODE, SDE, Transport, create_transport
 from diffusion.transport.paths import DIFFUSION_FORMS, PATHS, PUBLISHED_SPELLINGS
 from diffusion.transport.transport import PREDICTIONS
 from models import model_names
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
-from models.layers import compile_blocks
+from models.inference import prepare
 from models.registry import resolve_amm
 from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, number, positive_float, seed
 from runtime.distributed import autocast_dtype, check_precision
@@ -56,6 +58,12 @@ def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None
         "--cfg-channels", choices=("3", "all"), default="3", help="latent channels that are guided; 3 as published"
     )
     parser.add_argument(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW,HIGH",
+        help="guide only at noise levels from LOW to HIGH, where 1 is pure noise and 0 data; outside, a step costs half",
+    )
+    parser.add_argument(
         "--num-sampling-steps",
         type=number(int, 1, 10**6),
         default=250,
@@ -64,7 +72,19 @@ def add_sampling_arguments(parser: ArgumentParser, *, ckpt: bool = True) -> None
     parser.add_argument("--ddim", action=BooleanFlag, help="Gaussian diffusion: DDIM instead of ancestral sampling")
     parser.add_argument("--seed", "--global-seed", type=seed, default=0)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    parser.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
+    parser.add_argument("--compile", action=BooleanFlag, help="torch.compile the network: takes up to a minute, then faster")
+
+
+def interval(text: str) -> tuple[float, float]:
+    """ "0.2,0.8" -> (0.2, 0.8), an argparse type."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH: write two numbers, for example 0.2,0.8") from None
+    try:
+        return check_interval((low, high))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # Which flags belong to what; given to something else they are refused, not ignored.
@@ -116,7 +136,6 @@ class Pipeline:
     sampler: Sampler
     codec: Codec
     guidance: Guidance
-    autocast_dtype: torch.dtype | None
     settings: dict
 
     @property
@@ -136,13 +155,17 @@ def build_pipeline(args: Namespace, device: torch.device) -> Pipeline:
     model = build_model(checkpoint, name=args.model, amm=amm).to(device)
     if args.cfg_power is not None:
         set_cfg_power(model, args, checkpoint)
-    if args.compile:
-        compile_blocks(model)
+    make_ready(model, args)
     pipeline = assemble(args, checkpoint, model, build_sampler(args, checkpoint), device)
     pipeline.settings.update(checkpoint_sha256=digest(checkpoint.path), amm=str(amm or "off"))
     if hasattr(model, "cfg_power"):
         pipeline.settings["cfg_power"] = model.cfg_power
     return pipeline
+
+
+def make_ready(model: nn.Module, args: Namespace, varying_batch: bool = False) -> None:
+    """:func:`models.inference.prepare` by the flags."""
+    prepare(model, autocast_dtype(args.precision) or torch.float32, args.compile, varying_batch)
 
 
 def set_cfg_power(model: nn.Module, args: Namespace, checkpoint: Checkpoint) -> None:
@@ -166,14 +189,18 @@ def assemble(args: Namespace, checkpoint: Checkpoint, model: nn.Module, sampler:
         "codec": codec.name,
         "cfg_scale": args.cfg_scale,
         "cfg_channels": args.cfg_channels,
+        "guidance_interval": args.guidance_interval,
         **sampler.settings,
         "precision": args.precision,
     }
-    return Pipeline(checkpoint, model, sampler, codec, read_guidance(args), autocast_dtype(args.precision), settings)
+    return Pipeline(checkpoint, model, sampler, codec, read_guidance(args), settings)
 
 
 def read_guidance(args: Namespace) -> Guidance:
-    return Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None)
+    """Raises ValueError for an interval of no guidance."""
+    if args.cfg_scale == 1:
+        _refuse(args, ("guidance_interval",), "samples without guidance (--cfg-scale 1)")
+    return Guidance(args.cfg_scale, 3 if args.cfg_channels == "3" else None, args.guidance_interval)
 
 
 def find_codec(name: str | None, checkpoint: Checkpoint, device: torch.device) -> Codec:
@@ -234,7 +261,8 @@ def _refuse(args: Namespace, flags: Sequence[str], what: str) -> None:
     for flag in flags:
         value = getattr(args, flag, None)
         if value is not None and value is not False:
-            raise ValueError(f"--{flag.replace('_', '-')} {value} means nothing to {what}: leave it out")
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"--{flag.replace('_', '-')} {shown} means nothing to {what}: leave it out")
 
 
 def _transport(args: Namespace, checkpoint: Checkpoint) -> Transport:

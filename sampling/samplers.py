@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,10 @@ class Sampler(Protocol):
         """The same without an SDE's separate last step."""
 
     @property
+    def coupled(self) -> bool:
+        """Whether a sample depends on which others are in its batch, so that a batch must not be filled up."""
+
+    @property
     def settings(self) -> dict:
         """What its samples depend on, as plain values."""
 
@@ -51,6 +55,7 @@ class GaussianSampler:
     diffusion: GaussianDiffusion
     ddim: bool = False
     eta: float = 0.0
+    coupled: ClassVar[bool] = False
 
     @property
     def num_steps(self) -> int:
@@ -90,6 +95,10 @@ class TransportSampler:
         return self.process.num_steps - 1 if isinstance(self.process, SDE) else self.process.num_yields
 
     @property
+    def coupled(self) -> bool:
+        return isinstance(self.process, ODE) and self.process.coupled
+
+    @property
     def settings(self) -> dict:
         options = {entry.name: getattr(self.process, entry.name) for entry in dataclasses.fields(self.process) if entry.init}
         transport = options.pop("transport")
@@ -124,6 +133,10 @@ class SwitchingSampler:
     @property
     def num_solver_steps(self) -> int:
         return self.inner.num_solver_steps
+
+    @property
+    def coupled(self) -> bool:
+        return self.inner.coupled
 
     @property
     def settings(self) -> dict:

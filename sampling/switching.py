@@ -11,14 +11,13 @@ import torch
 from data.store import PUBLISHED_SCALE
 from diffusion.transport import ODE
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
-from models.layers import compile_blocks
 from models.macs import multiply_accumulates
 from models.registry import size
 from models.stepwise import DISTANCES, StepwiseNetwork, SwitchPolicy
 from runtime.cli import ArgumentParser, positive_float, positive_int
 from runtime.distributed import check_precision, note
 from runtime.fetch import digest, fetch
-from sampling.options import CKPT_HELP, Pipeline, assemble, build_sampler, check_held
+from sampling.options import CKPT_HELP, Pipeline, assemble, build_sampler, check_held, make_ready
 from sampling.samplers import SwitchingSampler
 from sampling.writers import Table
 
@@ -124,9 +123,8 @@ def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPoli
             f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
         )
     models = [build_model(checkpoint, name=args.model).to(device) for checkpoint in checkpoints]
-    if args.compile:
-        for model in models:
-            compile_blocks(model)
+    for model in models:
+        make_ready(model, args, varying_batch=True)
     network = StepwiseNetwork(models, policy).eval()
     cost = gmacs(network)
     if (np.diff(cost) < 0).any():

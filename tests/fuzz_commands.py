@@ -83,7 +83,9 @@ BASES = {
     "training.consolidate": (f"{HERE}/sharded {HERE}/new.pt", f"{HERE}/sharded {HERE}/edt.pt --force"),
     # Of these only the parser: a benchmark times what it does.
     "benchmarks.compare": ("--size Ti",),
-    "benchmarks.edt": ("--model EDT-Ti/2",),
+    "benchmarks.plot": (f"{HERE}/results.json",),
+    "benchmarks.run": ("--size Ti",),
+    "benchmarks.scaling": ("--size Ti",),
     "benchmarks.mediators": ("--image-sizes 64 --mediators 4",),
     "benchmarks.evaluator": ("--quick",),
     "examples.digits": (f"prepare {HERE}/digits", f"report --data {HERE} --samples a --samples-amm b --run c --out {HERE}/d"),

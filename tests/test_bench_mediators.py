@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import mediators
-from benchmarks.edt import forward_call
+from benchmarks.networks import forward_call
+from benchmarks.plain_loops import sample_with_two_calls
 from benchmarks.reference import PlainMediatorAttention, with_plain_attention
 from diffusion.transport import Sampler, create_transport
 from models.macs import fresh_on_meta, multiply_accumulates
@@ -56,7 +57,7 @@ def test_two_calls_give_the_same_sample(path):
     z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     once, twice = mediators.CountedNetwork(), mediators.CountedNetwork()
     [expected] = sampler.sample_sde(step_noise=mediators.no_noise(z), **options)(z, once)
-    assert_close(mediators.sample_with_two_calls(sampler.sde(**options), z, twice), expected)
+    assert_close(sample_with_two_calls(sampler.sde(**options), z, twice), expected)
     assert (once.calls, twice.calls) == (20, 40)
 
 

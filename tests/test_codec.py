@@ -107,6 +107,31 @@ def test_the_vae_works_in_slices_of_so_many_pixels(tiny_vae, vae, size, slices):
     assert seen == {"encoder": 4 * slices, "decoder": slices}
 
 
+def test_the_vae_works_channels_last(tiny_vae, vae):
+    """Weights and what its convolutions are given; before the rounding to grey levels it changes nothing but the order of
+    sums."""
+    codec, seen = load_codec(str(tiny_vae)), []
+
+    def look(_, args):
+        seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+
+    for part in (codec.vae.encoder, codec.vae.decoder):
+        for layer in (part.conv_in, part.conv_out):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+            layer.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    images, latents = (random_images(2, 32).permute(0, 3, 1, 2) / 127.5 - 1).contiguous(), torch.randn(2, 4, 4, 4)
+    decoded = []
+    codec.vae.decoder.register_forward_hook(lambda _, args, out: decoded.append(out))
+    codec.decode(latents)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded[0], vae.decode(latents / codec.scale).sample, rtol=1e-5, atol=1e-5)
+        mean = vae.encode(images).latent_dist.mean
+    torch.testing.assert_close(codec.moments(images)[0], mean, rtol=1e-5, atol=1e-5)
+    assert seen == [True] * 4
+
+
 def test_torch_weights_are_read_too(tiny_vae, vae, tmp_path):
     vae.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.glob("*.safetensors"))

@@ -16,8 +16,11 @@ from data.npz import read_batches
 from evaluations.metrics import precision_recall
 from models import create_model
 from models.checkpoints import read_checkpoint
+from models.flex import flex_attention_with, flex_available
+from models.inference import prepare
 from models.layers import compile_blocks
 from tests.shared import grey_levels, perturb
+from tests.test_flex import written_out
 
 if os.environ.get("REQUIRE_CUDA") and not torch.cuda.is_available():
     raise RuntimeError("REQUIRE_CUDA is set, but torch sees no GPU")
@@ -120,6 +123,89 @@ def test_compiled_forward(name, settings):
     compile_blocks(model)
     with torch.no_grad():
         close(model(*(value.to(CUDA) for value in values)), expected, 1e-4)
+
+
+def biased_scores(grid, head_dim, dtype, bias_samples=1):
+    """q, k, v as a network slices them from one product, and a bias: on the CPU, with values that dtype holds."""
+    draws = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, grid**2, 3, 6, head_dim, generator=draws).to(dtype).double().permute(2, 0, 3, 1, 4).unbind(0)
+    bias = torch.randn(bias_samples, 6, grid**2, grid**2, generator=draws).to(dtype).double()
+    return *qkv, bias
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("grid, head_dim, bias_samples", [(16, 52, 1), (16, 64, 0), (16, 64, 2), (12, 52, 1), (32, 52, 1)])
+@pytest.mark.parametrize("amm", [None, "exp", "cos"])
+@torch.no_grad()
+def test_flex_attention_is_the_formula(grid, head_dim, bias_samples, amm, dtype, tolerance):
+    """144 tokens are no multiple of the kernel's tiles."""
+    *qkv, bias = biased_scores(grid, head_dim, dtype, max(bias_samples, 1))
+    bias = bias if bias_samples else None
+    expected = written_out(*qkv, bias, grid, amm)
+    values = [None if value is None else value.to(CUDA, dtype) for value in (*qkv, bias)]
+    torch._dynamo.reset()
+    actual = torch.compile(flex_attention_with, fullgraph=True, dynamic=False)(*values, grid, amm)
+    assert actual.dtype == dtype
+    close(actual, expected.float(), tolerance)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("amm", [None, "exp"])
+@torch.no_grad()
+def test_flex_attention_in_a_compiled_block(amm, mode):
+    """It is chosen only there; one graph serves all calls, also as a CUDA graph."""
+
+    def block(q, k, v, bias):
+        out = flex_attention_with(q, k, v, bias, 16, amm)
+        return out if flex_available(q, needs_grad=False) else torch.zeros_like(out)
+
+    values = biased_scores(16, 52, torch.bfloat16)
+    assert not flex_available(values[0].to(CUDA, torch.bfloat16), needs_grad=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block, fullgraph=True, dynamic=False, mode=mode)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for scale in (1, -1, 0.5, 2):  # a CUDA graph is recorded at the second call
+            scaled = [value * scale for value in values]
+            actual = compiled(*(value.to(CUDA, torch.bfloat16) for value in scaled))
+            close(actual, written_out(*scaled, 16, amm).float(), 3e-2)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("name, settings", NETWORKS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prepared_network_is_the_cpus(name, settings, dtype, tolerance, compiled):
+    """From CUDA graphs where it is compiled: a later call must not write over an earlier one's result."""
+    model = network(name, settings).eval()
+    x, t, y = inputs(model.config)
+    with torch.inference_mode():
+        expected = [model(x * scale, t, y) for scale in (1, 0.5, -1, 2)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    prepared = prepare(model.to(CUDA), dtype=dtype, compile=compiled)
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        results = [prepared((x * scale).to(CUDA), t.to(CUDA), y.to(CUDA)) for scale in (1, 0.5, -1, 2)]
+    for result, reference in zip(results, expected, strict=True):
+        assert result.dtype == torch.float32
+        close(result, reference, tolerance)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_prepared_networks_take_turns():
+    """Two whose CUDA graphs share a pool, in two batch sizes, guided and not."""
+    models = [network("EDT-S/2", settings).eval() for settings in ({}, {"amm": "exp:7,10"})]
+    x, t, y = inputs(models[0].config)
+    with torch.inference_mode():
+        expected = [(model.forward_with_cfg(x, t, y, 1.5), model(x[:3], t[:3], y[:3])) for model in models]
+        torch._dynamo.reset()
+        models = [prepare(model.to(CUDA), dtype=torch.bfloat16, compile=True) for model in models]
+        x, t, y = x.to(CUDA), t.to(CUDA), y.to(CUDA)
+        for _ in range(4):
+            actual = [(model.forward_with_cfg(x, t, y, 1.5), model(x[:3], t[:3], y[:3])) for model in models]
+        for results, references in zip(actual, expected, strict=True):
+            for result, reference in zip(results, references, strict=True):
+                close(result, reference, 5e-2)
 
 
 def train(latent_store, runs, *argv):

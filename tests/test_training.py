@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import train_mask_adan
 from data.store import LatentStore
@@ -17,7 +19,7 @@ from runtime.distributed import start_training
 from tests.runs import final_state, train_argv
 from tests.shared import perturb
 from training.checkpoint import checkpoint_files, last_run_folder, new_run_folder, save_checkpoint
-from training.data import Batches, DataOrder
+from training.data import Batch, Batches, DataOrder
 from training.ema import EMA
 from training.optim import ADAN_BETAS, create_optimizer, linear_lr
 from training.step import PARTS, TrainingStep
@@ -94,7 +96,21 @@ def test_the_timestep_sampler_learns_the_unweighted_sum_of_both_losses(store):
     t, _ = train_step._sample_timesteps(0)
     history = np.array(sampler.state_dict()["history"])
     assert history.sum() == pytest.approx(sums["loss"], rel=1e-5)
+    in_parts = LossSecondMomentSampler()
+    one_step(store, micro_batch_size=4, sampler=in_parts)
+    np.testing.assert_allclose(in_parts.state_dict()["history"], history, rtol=1e-4)
     assert set(np.flatnonzero(history.any(1))) == set(t.tolist())
+
+
+def test_a_step_asks_other_processes_and_the_device_once(store, monkeypatch):
+    """For what the step is worth, whether to stop, and the losses that the timestep sampler learns from."""
+    asked, gather = [], Accelerator.gather
+    monkeypatch.setattr(Accelerator, "gather", lambda self, tensor: asked.append(tensor.shape) or gather(self, tensor))
+    monkeypatch.setattr(TrainingStep, "any_process", lambda *_: pytest.fail("another exchange"))
+    one_step(store, micro_batch_size=4, sampler=LossSecondMomentSampler())
+    assert asked == [(3 + 6,)]
+    one_step(store, micro_batch_size=4)
+    assert asked[1:] == [(3,)]
 
 
 def test_draws_do_not_depend_on_the_share(store):
@@ -129,8 +145,18 @@ def test_every_epoch_visits_every_image_once():
 
 def test_threaded_batches_equal_inline_ones(store):
     batches = Batches(store, DataOrder(store.num_images, 4, 0), range(4), null_label=3)
-    for (i, a), (j, b) in zip(batches.ahead(2, 5, in_thread=True), batches.ahead(2, 5, in_thread=False), strict=True):
+    for (i, a), (j, b) in zip(batches.ahead(2, 5, torch.device("mps")), batches.ahead(2, 5, torch.device("cpu")), strict=True):
         assert i == j and torch.equal(a.noise, b.noise) and torch.equal(a.x0, b.x0)
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(store, monkeypatch):
+    threads = []
+    monkeypatch.setattr(Batch, "pin", lambda batch: threads.append(threading.current_thread()) or batch)
+    batches = Batches(store, DataOrder(store.num_images, 4, 0), range(4), null_label=3)
+    assert len(list(batches.ahead(0, 3, torch.device("cuda")))) == len(threads) == 3
+    assert threading.main_thread() not in threads
+    list(batches.ahead(0, 3, torch.device("cpu")))
+    assert len(threads) == 3
 
 
 def test_ema_closed_form():
@@ -239,7 +265,7 @@ def test_compiled_training_follows_eager(latent_store, tmp_path, fresh_accelerat
         train_mask_adan.main(train_argv(latent_store, results, "--max-steps", "4", *extra))
         logs.append([json.loads(line) for line in next(results.glob("*/metrics.jsonl")).open()])
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 3  # one for each width, though there are six blocks
+    assert counters["stats"]["unique_graphs"] == 4  # one for each width, though there are six blocks, and Adan's step
     assert not counters["graph_break"]
     for eager, compiled in zip(*logs, strict=True):
         assert compiled == pytest.approx(eager, rel=1e-3)

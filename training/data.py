@@ -1,7 +1,7 @@
 """Which images a step sees and everything that is drawn for it: a pure function of (seed, step), computed one step ahead."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,17 +34,28 @@ class Batch:
     noise: Tensor  # (P, b, C, S, S)
     kept: list[Tensor]  # (b, ...) for each mask place: the tokens that are kept; empty without a masked pass
 
-    def to(self, device: torch.device) -> "Batch":
-        def move(tensor: Tensor) -> Tensor:
-            if device.type != "cuda" or tensor.device.type != "cpu":  # an image source's latents are on the device already
-                return tensor.to(device)
-            return tensor.pin_memory().to(device, non_blocking=True)
+    def pin(self) -> "Batch":
+        return self._map(pinned)
 
-        return Batch(move(self.x0), move(self.y), move(self.noise), [move(kept) for kept in self.kept])
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: to_device(tensor, device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(change(self.x0), change(self.y), change(self.noise), [change(kept) for kept in self.kept])
 
     def slice(self, start: int, stop: int) -> "Batch":
         part = slice(start, stop)
         return Batch(self.x0[part], self.y[:, part], self.noise[:, part], [kept[part] for kept in self.kept])
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """In memory that a GPU copies from by itself; an image source's latents are on the device already."""
+    return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On CUDA without waiting: for what is not pinned the copy would begin only when the device has done all its work."""
+    return pinned(tensor).to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class DataOrder:
@@ -116,11 +127,13 @@ class Batches:
             for u, place, ratio in zip(tokens, self.mask_places, ratios, strict=True)
         ]
 
-    def ahead(self, start: int, stop: int, in_thread: bool) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) for start <= step < stop.
+    def ahead(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) for start <= step < stop, each ready to be moved to the device.
 
-        in_thread: make the next batch while the caller works on this one. Only where the work is on another device: on a CPU
-        the two would fight for the cores, and lose a quarter of the speed.
+        Unless that is the CPU, a thread makes the next batch while the caller works on this one; on a CPU the two would fight
+        for the cores, and lose a quarter of the speed.
         """
         batches = ((step, self(step)) for step in range(start, stop))
-        return read_ahead(batches) if in_thread else batches
+        if device.type == "cuda":
+            batches = ((step, batch.pin()) for step, batch in batches)
+        return batches if device.type == "cpu" else read_ahead(batches)

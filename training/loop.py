@@ -65,13 +65,11 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint's content. Model and EMA weights are expected to be loaded already."""
         optimizer = self.train_step.optimizer
-        # foreach is a choice by device; the weight decay may have been changed, with --allow-changed.
-        here = [
-            {name: group[name] for name in ("foreach", "weight_decay") if name in group} for group in optimizer.param_groups
-        ]
-        optimizer.load_state_dict(state["opt"])
-        for group, values in zip(optimizer.param_groups, here, strict=True):
-            group.update(values)
+        # foreach and fused are choices by device; the weight decay may have been changed, with --allow-changed.
+        names = ("foreach", "fused", "weight_decay")
+        here = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+        groups = [{**held, **values} for held, values in zip(state["opt"]["param_groups"], here, strict=True)]
+        optimizer.load_state_dict({**state["opt"], "param_groups": groups})
         self.train_step.timestep_sampler.load_state_dict(state["sampler"])
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -93,7 +91,7 @@ class Run:
 
     def _train(self, stop: StopRequest, log: RunLog) -> None:
         schedule = self.schedule
-        for step, batch in self.batches.ahead(self.step, schedule.max_steps, in_thread=self.accelerator.device.type != "cpu"):
+        for step, batch in self.batches.ahead(self.step, schedule.max_steps, self.accelerator.device):
             lr = linear_lr(step, schedule.init_lr, schedule.final_lr, schedule.lr_decay_steps)
             outcome = self.train_step(step, batch, lr, leave=lambda: stop.reason is not None)
             self.step = step + 1

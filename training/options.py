@@ -31,6 +31,11 @@ def time_limit(text: str) -> float:
         raise ArgumentTypeError(str(error)) from None
 
 
+def micro_batch_size(text: str) -> int | str:
+    """An argparse type: a number, or "auto"."""
+    return text if text == "auto" else non_negative_int(text)
+
+
 def add_training_arguments(parser: ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=model_names(), default="EDT-S/2")
@@ -69,7 +74,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         "--init-from", metavar="CKPT", help="start from the EMA weights of a checkpoint (file, URL, hub id); fresh optimizer"
     )
     run.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network; weights stay fp32")
-    run.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks")
+    run.add_argument("--compile", action=BooleanFlag, help="torch.compile the transformer blocks, and on a CPU Adan's step")
     run.add_argument(
         "--gradient-checkpointing",
         action=BooleanFlag,
@@ -88,9 +93,11 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     length.add_argument("--global-batch-size", type=positive_int, default=256, help="images a step, over all processes")
     length.add_argument(
         "--micro-batch-size",
-        type=non_negative_int,
+        type=micro_batch_size,
         default=0,
-        help="images a process puts through the network at once, to save memory; 0 = its whole share; same gradients",
+        metavar="auto|IMAGES",
+        help="images a process puts through the network at once, to save memory; 0 = its whole share; auto = as many as a CUDA "
+        "GPU's memory takes; same gradients",
     )
 
 
@@ -162,6 +169,10 @@ def parse_training_arguments(parser: ArgumentParser, argv: Sequence[str] | None)
         )
     if args.fsdp and args.precision == "fp16":
         parser.error("--fsdp has no loss scaling: use --precision bf16 or fp32")
+    if args.fsdp and args.micro_batch_size == "auto":
+        parser.error(
+            "--micro-batch-size auto tries a whole model in one process, which --fsdp is there to avoid: give a number"
+        )
     resolve_objective(parser, args)
     if args.wandb_key:
         os.environ["WANDB_API_KEY"] = args.wandb_key

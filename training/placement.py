@@ -26,7 +26,8 @@ class Replicated:
         self.network, self.accelerator = network, accelerator
         self.ema = EMA(network.to(accelerator.device), args.ema_decay)
         _adapt_blocks(args, network)
-        optimizer = create_optimizer(args.optimizer, network.parameters(), args.init_lr, args.weight_decay)
+        compile_with = self.ema if args.compile else None
+        optimizer = create_optimizer(args.optimizer, network.parameters(), args.init_lr, args.weight_decay, compile_with)
         self.model, self.optimizer = accelerator.prepare(network.train(), optimizer)
 
     def load(self, state: dict, path: Path) -> dict:

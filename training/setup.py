@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from runtime.fetch import fetch
 from runtime.locks import folder_lock
 from runtime.redact import redact_values
 from runtime.stopping import StopRequest
+from training.autobatch import check_auto, choose_micro_batch_size
 from training.checkpoint import new_run_folder, remove_leftovers, run_folder_of
 from training.data import Batches, DataOrder
 from training.logging import open_trackers
@@ -75,6 +78,9 @@ def prepare_run(
     if args.fsdp and not torch.distributed.is_initialized():
         raise ValueError("--fsdp spreads the model over processes: start several with torchrun, or leave it out")
     check_precision(args.precision, state.device)
+    _check_compiler(args, state.device)
+    if args.micro_batch_size == "auto":
+        check_auto(state.device)
     source, num_classes = open_source(args, state.device)
     objective = create_objective(args)
     torch.manual_seed(args.seed)
@@ -90,16 +96,20 @@ def prepare_run(
             load_weights(model, found["model"], path)
     else:
         start_weights(args, model, source, objective, required=needs_init)
-        folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     accelerator = start_training(args.precision)
+    share = my_share(range(batch), accelerator)
+    micro_batch_size = args.micro_batch_size or len(share)
+    if micro_batch_size == "auto":
+        micro_batch_size = choose_micro_batch_size(args, model, objective, mask_places, len(share), accelerator)
+    if not found:
+        folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     _start_trackers(accelerator, folder, args, found["step"] if found else None)
     placement = (Sharded if args.fsdp else Replicated)(args, model, accelerator)
     if found:
         found = placement.load(found, path)
 
     order = DataOrder(source.num_images, batch, args.seed)
-    share = my_share(range(batch), accelerator)
-    train_step = _training_step(args, placement, objective, share)
+    train_step = _training_step(args, placement, objective, share, micro_batch_size)
     batches = Batches(
         source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
     )  # fmt: skip
@@ -109,7 +119,18 @@ def prepare_run(
     return run
 
 
-def _training_step(args: Namespace, placement: Replicated | Sharded, objective: Objective, share: range) -> TrainingStep:
+def _check_compiler(args: Namespace, device: torch.device) -> None:
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # torch.compile's own choice
+    if args.compile and device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(
+            f"--compile needs a C++ compiler on a CPU, and there is no {compiler}: install one, name it in the variable CXX, "
+            "or leave --compile out"
+        )
+
+
+def _training_step(
+    args: Namespace, placement: Replicated | Sharded, objective: Objective, share: range, micro_batch_size: int
+) -> TrainingStep:
     return TrainingStep(
         accelerator=placement.accelerator,
         model=placement.model,
@@ -120,7 +141,7 @@ def _training_step(args: Namespace, placement: Replicated | Sharded, objective: 
         seed=args.seed,
         global_batch_size=args.global_batch_size,
         share=share,
-        micro_batch_size=args.micro_batch_size or len(share),
+        micro_batch_size=micro_batch_size,
         grad_clip=args.grad_clip,
     )
 

@@ -13,7 +13,7 @@ from diffusion import GaussianDiffusion
 from diffusion.timesteps import ContinuousSampler, UniformSampler
 from diffusion.transport import Transport
 from runtime.draws import Purpose, uniforms
-from training.data import Batch
+from training.data import Batch, to_device
 from training.ema import EMA
 from training.optim import set_lr
 from training.sharding import ShardedEMA, whole
@@ -76,14 +76,15 @@ class TrainingStep:
             sums += parts.detach()
         norm = self._gradient_norm()
         sums[-1] = norm * len(self.share)  # as if every sample had it: their mean is the norm
-        wrong_gradient, wrong_loss, stop = self.any_process(~norm.isfinite(), ~sums[:-1].isfinite().all(), leave())
-        fault = self._fault(sums) if wrong_gradient or wrong_loss else None
+        flags, all_losses = self._exchange([~norm.isfinite(), ~sums[:-1].isfinite().all(), leave()], losses)
+        wrong_gradient, wrong_loss, leaving = flags.T
+        fault = _fault(wrong_gradient, wrong_loss)
         if fault is None:
-            self._update(all_t, torch.cat(losses))
+            self._update(all_t, all_losses)
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # fp16: lowers the loss scale where it was too high
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(sums, fault, stop)
+        return Outcome(sums, fault, bool(leaving.any()))
 
     def _gradient_norm(self) -> Tensor:
         """Of the gradient of the global batch, which every process holds; it is clipped to ``grad_clip``."""
@@ -94,6 +95,16 @@ class TrainingStep:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return norm
 
+    def _exchange(self, flags: Sequence[Tensor | bool], losses: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """Each process's flags, (processes, F), and the global batch's losses, in its order, which are empty for a timestep
+        sampler that does not learn. The step's one exchange besides the gradient's, and the only time that it waits for the
+        device."""
+        device = self.accelerator.device
+        mine = [torch.as_tensor(flag, device=device).float().reshape(1) for flag in flags]
+        mine += [part.float() for part in losses] if self.timestep_sampler.learns else []
+        gathered = self.accelerator.gather(torch.cat(mine)).view(self.accelerator.num_processes, -1).cpu().double().numpy()
+        return gathered[:, : len(flags)] > 0, gathered[:, len(flags) :].flatten()
+
     def any_process(self, *flags: Tensor | bool) -> list[bool]:
         """Whether any process raises each flag. Waits for the device."""
         device = self.accelerator.device
@@ -102,18 +113,11 @@ class TrainingStep:
             torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
         return [vote > 0 for vote in votes.tolist()]
 
-    def _fault(self, sums: Tensor) -> str:
-        """Called by every process of a step whose loss, or gradient alone, is not finite."""
-        wrong = self.accelerator.gather((~sums[:-1].isfinite().all()).float().reshape(1)).nonzero().flatten().tolist()
-        if not wrong:
-            return "the gradient is not finite"
-        return f"the loss is not finite on process{'es' if len(wrong) > 1 else ''} {', '.join(map(str, wrong))}"
-
-    def _update(self, timesteps: np.ndarray, losses: Tensor) -> None:
+    def _update(self, timesteps: np.ndarray, losses: np.ndarray) -> None:
         self.optimizer.step()
         self.ema.update()
         if self.timestep_sampler.learns:
-            self._learn(timesteps, losses)
+            self.timestep_sampler.update(timesteps, losses)
 
     def _sample_timesteps(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps and importance weights of the global batch, the same in every process."""
@@ -123,7 +127,7 @@ class TrainingStep:
 
     def _own(self, values: np.ndarray) -> Tensor:
         """This process's part of what belongs to the global batch, on the device."""
-        return torch.from_numpy(values[self.share.start : self.share.stop]).to(self.accelerator.device)
+        return to_device(torch.from_numpy(values[self.share.start : self.share.stop]), self.accelerator.device)
 
     def _losses(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every sample (b,), summed over its passes, and the sums of PARTS, 0 for grad_norm.
@@ -146,7 +150,10 @@ class TrainingStep:
         mse, vb, masked = losses.get("mse", none), losses.get("vb", none), by_pass[1] if passes == 2 else none
         return by_pass.sum(0), torch.stack([part.sum() for part in (by_pass, mse, vb, by_pass[0], masked, none)])
 
-    def _learn(self, timesteps: np.ndarray, losses: Tensor) -> None:
-        """Show the timestep sampler the global batch's timesteps and losses, in its order, in every process."""
-        gathered = self.accelerator.gather(losses.float()).cpu().double().numpy()
-        self.timestep_sampler.update(timesteps, gathered)
+
+def _fault(wrong_gradient: np.ndarray, wrong_loss: np.ndarray) -> str | None:
+    """Why a step is not made; by process, whether its gradient and its loss are not finite."""
+    if wrong_loss.any():
+        processes = np.flatnonzero(wrong_loss)
+        return f"the loss is not finite on process{'es' if len(processes) > 1 else ''} {', '.join(map(str, processes))}"
+    return "the gradient is not finite" if wrong_gradient.any() else None

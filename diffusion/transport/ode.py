@@ -16,6 +16,7 @@ from diffusion.transport.transport import Model, Transport
 # torchdiffeq's methods; its euler and heun2 are ours as well. The first group chooses its own steps.
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 GRID_METHODS = ("midpoint", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+COUPLING_METHODS = (*ADAPTIVE_METHODS, "implicit_adams", "fixed_adams")  # the last two iterate until the batch has converged
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class ODE:
     def fixed(self) -> bool:
         """Whether the method is one of ours, which can be watched step by step."""
         return self.sampling_method in solvers.METHODS
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a sample depends, within the tolerances, on which others are in its batch."""
+        return self.sampling_method in COUPLING_METHODS and not self.per_sample
 
     @property
     def num_yields(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffusion.guidance import varies
 from diffusion.transport.options import choose, require_number
 from diffusion.transport.paths import PATHS, Path
 
@@ -148,13 +149,16 @@ class Transport:
     def call(self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None) -> Tensor:
         """The network's first C channels, in float32 whatever precision it works in (or in x's type if wider).
 
-        t: (B,) or a scalar.
+        t: (B,) or a scalar. Guidance that varies with time takes a scalar; the solvers' grids lie on the CPU, where reading it
+        waits for no device.
         """
+        if varies(model) and not t.ndim:
+            model = model.at(t.item(), 1 - t.item())
         if t.ndim:
             batch_t = t.float()
         elif t.device == x.device:
             batch_t = t.float().expand(len(x))
-        else:  # the grids of the solvers lie on the CPU: filling waits for no device
+        else:  # filling waits for no device
             batch_t = torch.full((len(x),), t.item(), device=x.device)
         out = model(x, batch_t, **(model_kwargs or {}))
         if out.shape[1] < x.shape[1] or out.shape[2:] != x.shape[2:] or len(out) != len(x):
