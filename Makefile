@@ -46,13 +46,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Every network against its plain formulation: 25 minutes on two cores.
+# Every network against its plain formulation, on a CPU beside the targets: some 40 minutes on two cores.
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.run
 
 # The other tables of benchmarks/RESULTS.md.
 bench-more: .venv/installed
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.curves
 	$(BIN)/python -m benchmarks.mediators
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.evaluator

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         guidance=pipeline.guidance,
         batch_size=args.batch_size,
-        pad_last=args.compile,
+        pad_last=args.compile and len(labels) > args.batch_size,
         num_previews=min(args.trajectory or 0, pipeline.sampler.num_steps),
     )
     for batch in tqdm(batches, total=-(-len(labels) // args.batch_size), unit="batch", desc="sampling"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from benchmarks.networks import (
     LEARNING_RATE,
@@ -34,8 +35,9 @@ from benchmarks.timing import Case, Result, measure, round_ratios
 from models.macs import multiply_accumulates, trained_parameters, training_multiply_accumulates
 from models.registry import PUBLISHED, build_network, model_config
 from runtime import cli
-from runtime.distributed import autocast_dtype, start_training
+from runtime.distributed import start_training, working_dtype
 from runtime.files import atomic_file
+from training.step import TrainingStep
 
 FOLDER = RESULTS.parent
 fill = functools.partial(textwrap.fill, width=128, break_on_hyphens=False)
@@ -51,10 +53,10 @@ CAPTION = """All cases take turns in shuffled order. Parameters: the trained one
 products and convolutions; training: forward and back to the weights, in all passes. Published: the papers' "GFLOPs". Spread:
 interquartile range / median. MB: the memory that one call adds to what is held before, at its peak. A training step is that of
 the training scripts, EMA included, with each system's published optimizer and, for DiT, uniform timesteps and no min-SNR
-weight; drawing the batch is left out: training does it in a thread, one step ahead. EDT and MDTv2 see each image in an unmasked
-and a masked pass, with one mask for all rounds, of the mean share: MDTv2 encodes the kept tokens only, EDT drops tokens without
-saving arithmetic. Speed-ups: medians of the rounds' ratios and, in brackets, their middle half. GMAC alone: what they would be
-if all arithmetic were equally fast."""
+weight; drawing the batch is left out: on a GPU, training does it in a thread, one step ahead. EDT and MDTv2 see each image in
+an unmasked and a masked pass, with one mask for all rounds, of the mean share: MDTv2 encodes the kept tokens only, EDT drops
+tokens without saving arithmetic. Speed-ups: medians of the rounds' ratios and, in brackets, their middle half. GMAC alone: what
+they would be if all arithmetic were equally fast."""
 PAPER_CAPTION = """The paper compares the code of EDT with that of MDTv2, each as published, on its GPUs. Here both have the
 same attention module and the same training loop, on the device above: what is left is the difference of the networks, of their
 masked passes and of the kernels that take them (on CUDA, heads of 52 channels, as EDT's, are padded to 56)."""
@@ -145,23 +147,35 @@ def pairs(systems: Sequence[System]) -> Iterator[tuple[System, System]]:
 
 
 def cases_of(system: System, args: Namespace, accelerator: Accelerator) -> Iterator[Case]:
-    """A forward and a training step, each also with compiled blocks where asked for; those share their weights."""
+    """A forward and a training step, each also compiled where asked for: blocks, and on a CPU Adan."""
     network = randomized(build_network(system.config)).to(accelerator.device)
     # With weights of its own: sampling expands its position biases once, and again whenever a step has written to them.
     sampler = copy.deepcopy(network).eval()
     sampler.tokens_vary = False  # nothing is masked in sampling: compiled for one shape
     inputs = random_inputs(system.config, args.batch_size, accelerator.device)
     batch = training_batch(system.config, args.train_batch_size, masked=system.masked)
-    # Copied before accelerate wraps the network's forward.
-    twin = compiled(network.train()) if args.compile else None
-    step = training_step(network, args.train_batch_size, accelerator, system.optimizer, **system.recipe)
-    for mode in modes(args):
+    steps = _training_steps(network, system, args, accelerator)
+    for mode, step in zip(modes(args), steps, strict=True):
         if mode:
-            sampler, step = compiled(sampler), dataclasses.replace(step, model=accelerator.prepare(twin))
-        forward = forward_call(sampler, inputs, autocast_dtype(args.precision))
+            sampler = compiled(sampler)
+        forward = forward_call(sampler, inputs, working_dtype(args.precision))
         yield Case(f"{system.label}, forward{mode}", forward, args.batch_size)
         train = functools.partial(step, 0, batch, LEARNING_RATE)
         yield Case(f"{system.label}, training{mode}", train, args.train_batch_size)
+
+
+def _training_steps(network: nn.Module, system: System, args: Namespace, accelerator: Accelerator) -> Iterator[TrainingStep]:
+    """For each mode. On a GPU, whose memory is scarce and where Adan is not compiled, both move the same weights."""
+    settings = (args.train_batch_size, accelerator, system.optimizer)
+    # Copied before accelerate wraps the network's forward.
+    shares = accelerator.device.type != "cpu"
+    twin = (compiled if shares else copy.deepcopy)(network.train()) if args.compile else None
+    step = training_step(network, *settings, **system.recipe)
+    yield step
+    if shares and twin is not None:
+        yield dataclasses.replace(step, model=accelerator.prepare(twin))
+    elif twin is not None:
+        yield training_step(twin, *settings, compile=True, **system.recipe)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,7 +203,8 @@ def report(args: Namespace, device: torch.device, systems: Sequence[System], res
     trained_by = f"Adan: {', '.join(optimizers['adan'])}. AdamW: {', '.join(optimizers['adamw'])}."
     [decode_layer] = {system.config.decode_layer for system in systems if hasattr(system.config, "decode_layer")}
     decoder = f"MDTv2 has {decode_layer} decoder blocks."
-    by_compiler = " Compiled: each block; MDTv2's in training for any number of tokens." if args.compile else ""
+    what_is = " Compiled: each block, and on a CPU Adan; MDTv2's in training for any number of tokens."
+    by_compiler = what_is if args.compile else ""
     sources = "; ".join(f"{s.label}: {PUBLISHED[s.label].source}" for s in systems if s.published_gmac is not None)
     what = f"Medians of {rounds} rounds of {args.precision} {batches}. {CAPTION} {trained_by} {decoder}{by_compiler} {sources}."
     paper = (fill(PAPER_CAPTION),) if args.size in PAPER_SPEEDUPS else ()

@@ -1,5 +1,5 @@
 """Whether bf16 trains as fp32 does: loss curves of EDT-Ti on scikit-learn's digits, three seeds of each, by the training script
-itself.
+itself, not compiled.
 
     python -m benchmarks.curves
 
@@ -132,7 +132,7 @@ def describe(rows: Sequence[dict[str, float]], args: argparse.Namespace) -> str:
     within = abs(whole["difference"]) <= whole["spread"]
     return (
         f"EDT-Ti/2 on the digits of `make demo`, {args.steps} steps of 32 images, masked, Adan, seeds 0..{args.seeds - 1}, by "
-        "`train_mask_adan.py --precision`. Runs of one seed see the same images, timesteps, noise and masks.\n\n"
+        "`train_mask_adan.py --precision`, not compiled. Runs of one seed see the same images, timesteps, noise and masks.\n\n"
         f"{environment(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}\n\n{table(rows, args.steps)}\n\n"
         f"Over all steps bf16's loss differs by {100 * whole['difference'] / whole['fp32']:+.3f} %, which is "
         f"{'within' if within else 'MORE THAN'} the spread between seeds, {100 * whole['spread'] / whole['fp32']:.3f} %.\n\n"

@@ -1,6 +1,7 @@
 """The part of ``benchmarks.run`` that samples from noise to files, each side by its own code from end to end."""
 
 import dataclasses
+import statistics
 import tempfile
 import time
 from argparse import Namespace
@@ -27,7 +28,7 @@ from sampling.options import Pipeline, build_pipeline
 from sampling.samplers import GaussianSampler
 
 VAE_CHANNELS = (16, 32, 32, 32)
-WARM_UP_STEPS = "2"
+WARM_UP_STEPS = 2
 LABELS = "balanced"
 
 
@@ -47,34 +48,40 @@ def save_small_vae(folder: Path) -> None:
     vae.save_pretrained(folder)
 
 
-def sampling_rows(args: Namespace, config: object, label: str, state: PartialState) -> list[Row]:
-    """args: sample_images, sample_steps, sample_batch_size, compile. One run each of the plain side and of ``sample_ddp.py``,
-    whose compilation comes before."""
+def sampling_rows(args: Namespace, config: object, label: str, state: PartialState) -> tuple[list[Row], list[str]]:
+    """args: sample_images, sample_steps, sample_batch_size, compile. ``sample_ddp.py``'s run, the plain side's, and ours again;
+    both sides did a short job before."""
     network = randomized(build_network(config)).eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_small_vae(folder / "vae")
         torch.save(network.state_dict(), folder / "weights.pt")
         flags, pipeline = _ours(args, folder, state)
-        seconds = {
-            PLAIN: plain_seconds(args, network.to(state.device), _vae(folder, state.device), folder / "plain", state.device),
-            _path(args): ours_seconds(flags, pipeline, folder / "ours", state),
-        }
+        network, vae = network.to(state.device), _vae(folder, state.device)
+        plain_seconds(args, network, vae, folder / "warm_up_plain", state.device, steps=WARM_UP_STEPS)
+        before = ours_seconds(flags, pipeline, folder / "ours", state)
+        plain = plain_seconds(args, network, vae, folder / "plain", state.device, steps=args.sample_steps)
+        after = ours_seconds(flags, pipeline, folder / "again", state)
         error = _difference(folder)
     flops = 2 * multiply_accumulates(config) * args.sample_images * args.sample_steps
+    ratios = plain / before, plain / after
+    line = f"- {label}, {_path(args)}: times as fast as plain, run before it {ratios[0]:.2f}, run after it {ratios[1]:.2f}"
     return [
         Row(
             work="sampling",
             model=label,
             path=path,
             batch=args.sample_batch_size,
-            ms_per_item=1e3 * taken / args.sample_images,
-            speedup=None if path == PLAIN else seconds[PLAIN] / taken,
-            gflops=flops / taken / 1e9,
-            error=None if path == PLAIN else error,
+            ms_per_item=1e3 * statistics.median(taken) / args.sample_images,
+            rounds=len(taken),
+            gflops=flops / statistics.median(taken) / 1e9,
+            **more,
         )
-        for path, taken in seconds.items()
-    ]
+        for path, taken, more in (
+            (PLAIN, [plain], {}),
+            (_path(args), [before, after], {"speedup": statistics.median(ratios), "error": error}),
+        )
+    ], [line]
 
 
 def _vae(folder: Path, device: torch.device) -> nn.Module:
@@ -99,7 +106,7 @@ def _ours(args: Namespace, folder: Path, state: PartialState) -> tuple[Namespace
         ]
     )
     pipeline = build_pipeline(flags, state.device)
-    few = GaussianSampler(create_diffusion(WARM_UP_STEPS), ddim=True)
+    few = GaussianSampler(create_diffusion(str(WARM_UP_STEPS)), ddim=True)
     warm_up = dataclasses.replace(pipeline, sampler=few)
     sample_many(Namespace(**{**vars(flags), "sample_dir": str(folder / "warm_up")}), warm_up, state)
     return flags, pipeline
@@ -111,9 +118,11 @@ def ours_seconds(flags: Namespace, pipeline: Pipeline, folder: Path, state: Part
     return time.perf_counter() - began
 
 
-def plain_seconds(args: Namespace, model: nn.Module, vae: nn.Module, folder: Path, device: torch.device) -> float:
+def plain_seconds(
+    args: Namespace, model: nn.Module, vae: nn.Module, folder: Path, device: torch.device, *, steps: int
+) -> float:
     """The same images: the same noise and labels."""
-    network, timesteps = plain_network(model).eval(), create_diffusion(str(args.sample_steps)).timestep_map
+    network, timesteps = plain_network(model).eval(), create_diffusion(str(steps)).timestep_map
     config, labels = model.config, label_source(LABELS, model.config.num_classes, 0, args.sample_images)
     shape = config.in_channels, config.input_size, config.input_size
     synchronize(device)

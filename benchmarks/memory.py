@@ -72,7 +72,7 @@ def memory_rows(
         path = result.name
         peaks = {batch: _peak(by_path[path], device) for batch, by_path in calls.items()}
         need = Need.through(held_bytes(steps[path]), peaks)
-        row = row_of(result, "memory", system.label, path, saved_bytes=need.per_image)
+        row = row_of(result, "memory", system.label, path, saved_bytes=need.per_image if need.per_image > 0 else None)
         rows.append(dataclasses.replace(row, peak_bytes=peaks[large]))
         lines.append(_line(system.label, path, need, args.memory_gb))
     return rows, lines
@@ -108,8 +108,9 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _line(label: str, path: str, need: Need, memory_gb: Sequence[float]) -> str:
     if need.per_image <= 0:
         return f"- {label}, {path}: too small for its growth with the batch to be seen in this process's memory"
+    # By what this device's kernels keep: another device's differ.
     fits = ", ".join(f"{size:g} GB hold {need.largest_batch(size * 1e9)}" for size in memory_gb)
     return (
         f"- {label}, {path}: {need.held / 1e9:.2f} GB held, {need.fixed / 1e6:.0f} MB more in a step and "
-        f"{need.per_image / 1e6:.1f} MB an image; projected, {fits} images"
+        f"{need.per_image / 1e6:.1f} MB an image; projected, with this device's kernels, {fits} images"
     )

@@ -80,25 +80,30 @@ def prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return prepare(copy.deepcopy(model), dtype, compile=True)
 
 
-def forward_call(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
-    """As in sampling. dtype: of autocast, which casts the weights at every call here; None: off."""
+def forward_call(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    """In inference mode. dtype: of autocast, which casts the weights at every call here; float32: none."""
     device = inputs[0].device
 
     @torch.inference_mode()
     def call() -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return model(*inputs)
 
     return call
 
 
 def training_batch(config, batch_size: int, *, masked: bool) -> Batch:
-    """Random images; the masked pass drops the mean share of the tokens, so that every step does the same work. Made
-    beforehand: training makes it in a thread, one step ahead."""
+    """The first of :func:`batches_of`, as training would have it in memory."""
+    batch = batches_of(config, batch_size, masked=masked)(0)
+    return batch.pin() if torch.cuda.is_available() else batch
+
+
+def batches_of(config, batch_size: int, *, masked: bool) -> Batches:
+    """Random images; the masked pass drops the mean share of the tokens, so that every step does the same work."""
     source = DummySource(batch_size, config.num_classes, (config.in_channels, config.input_size, config.input_size))
     places = [_at_mean_share(place) for place in config.mask_places] if masked else None
     order, share = DataOrder(batch_size, batch_size, SEED), range(batch_size)
-    return Batches(source, order, share, null_label=config.num_classes, mask_places=places)(0)
+    return Batches(source, order, share, null_label=config.num_classes, mask_places=places)
 
 
 def _at_mean_share(place):

@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import number, percent
-from benchmarks.rows import PLAIN, Row, read_parts
+from benchmarks.rows import ALONE, AMM, PLAIN, Row, read_parts
 from runtime import cli
 from runtime.files import atomic_file
 
 PANELS = {"forward": "forward", "training": "training step"}
-COLORS = {PLAIN: "#7f7f7f", "fp32": "#1f77b4", "fp32 compiled": "#17becf", "bf16 compiled": "#d62728"}
+COLORS = {
+    PLAIN: "#7f7f7f",
+    "fp32": "#1f77b4",
+    "fp32" + AMM: "#aec7e8",
+    "fp32 compiled": "#17becf",
+    "bf16 compiled": "#d62728",
+    "bf16 compiled" + AMM: "#ff9896",
+}
 ROW_INCHES = 0.23
 
 
@@ -41,7 +48,7 @@ def draw(results: Path, out: Path | None = None) -> Path | None:
 
 
 def _with_rates(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.gflops and row.product_gflops]
+    return [row for row in rows if row.gflops and row.product_gflops and not row.path.endswith(ALONE)]
 
 
 def _draw_panel(axes, rows: Sequence[Row]) -> None:

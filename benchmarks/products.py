@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Product(NamedTuple):
-    """``batch`` products of (m, k) by (k, n) in one call."""
+    """``batch`` products of (m, k) by (k, n) in one call. packed: the right operand is a weight that stays, and may be brought
+    into the CPU library's own layout beforehand; one product only."""
 
     batch: int
     m: int
     k: int
     n: int
     dtype: torch.dtype
+    packed: bool = False
 
     @property
     def flops(self) -> int:
@@ -47,26 +49,42 @@ def total_flops(products: Counter[Product]) -> int:
 
 
 def product_calls(products: Iterable[Product], device: torch.device) -> dict[Product, Callable[[], object]]:
-    """For each product a call that does it once, into memory that is already there.
+    """For each product a call that does it once, into memory that is already there (a packed one's result is new memory).
 
     All share the same operands' memory, so that many shapes take no more of it than the largest, and mostly find it in cache.
     """
     products = list(products)
     buffers = {}
     for dtype in {product.dtype for product in products}:
-        same = [(b * m * k, b * k * n, b * m * n) for b, m, k, n, other in products if other == dtype]
+        same = [(b * m * k, b * k * n, b * m * n) for b, m, k, n, other, _ in products if other == dtype]
         # Not zeros: some hardware is faster, or clocks higher, on them.
         buffers[dtype] = [torch.randn(max(sizes), device=device).to(dtype) for sizes in zip(*same, strict=True)]
     return {product: _product_call(product, *buffers[product.dtype]) for product in products}
 
 
 def _product_call(product: Product, left: Tensor, right: Tensor, out: Tensor) -> Callable[[], object]:
+    if product.packed:
+        return _packed_call(product, left, right)
     shapes = [(product.m, product.k), (product.k, product.n), (product.m, product.n)]
     if product.batch > 1:
         shapes = [(product.batch, *shape) for shape in shapes]
     a, b, c = (buffer[: math.prod(shape)].view(shape) for buffer, shape in zip((left, right, out), shapes, strict=True))
     multiply = torch.mm if product.batch == 1 else torch.bmm
     return lambda: multiply(a, b, out=c)
+
+
+def _packed_call(product: Product, left: Tensor, right: Tensor) -> Callable[[], object]:
+    """oneDNN's linear, as compiled networks on a CPU call it; its weight lies as (n, k)."""
+    x, weight = left[: product.m * product.k].view(-1, product.k), right[: product.n * product.k].view(-1, product.k)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, product.m)
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def may_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this device has products with a packed right operand."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Recorder(TorchDispatchMode):

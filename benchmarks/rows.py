@@ -14,6 +14,8 @@ from benchmarks.timing import Result
 from runtime.files import atomic_file
 
 PLAIN = "plain fp32"
+AMM = ", AMM"  # ends the path of a forward with attention modulation
+ALONE = ", alone"  # ends the path of a forward that was measured once more, beside its products only
 OURS = "ours"  # of an optimizer: what training chooses for the device
 
 
@@ -24,7 +26,8 @@ class Row:
     speedup: plain time over this one, the median of the rounds' own. product_gflops: of the same products alone, at the path's
     precision. share: of the time, that they would have taken. ceiling: the speed-up if they were all there is to do. error:
     the norm of the difference from the plain result over the norm of that. peak_bytes: what one call adds at its peak.
-    saved_bytes: what an image leaves in memory for the way back.
+    saved_bytes: what an image leaves in memory for the way back. amm_cost: of attention modulation, the time it adds over the
+    time without, the two taking turns.
     """
 
     work: str
@@ -42,6 +45,7 @@ class Row:
     error: float | None = None
     peak_bytes: int | None = None
     saved_bytes: float | None = None
+    amm_cost: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +91,12 @@ def _megabytes(value: float | None) -> str:
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("batch", "batch", lambda value: str(value)),
+    ("batch", "batch", str),
     ("ms/image", "ms_per_item", number),
     ("spread", "spread", percent),
+    ("rounds", "rounds", str),
     ("times as fast as plain", "speedup", lambda value: "-" if value is None else f"{value:.2f}"),
+    ("AMM's cost", "amm_cost", lambda value: "-" if value is None else f"{100 * value:.1f} %"),
     ("GFLOP/s", "gflops", number),
     ("products' GFLOP/s", "product_gflops", number),
     ("share", "share", percent),

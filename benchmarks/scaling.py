@@ -4,9 +4,11 @@ benchmarks/RESULTS.md with a picture.
 python -m benchmarks.scaling [--only tokens batch processes] [--image-sizes 256 512 1024] [--link-gbytes 25]
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -48,7 +50,7 @@ from benchmarks.timing import Case, measure
 from models.macs import multiply_accumulates, trained_parameters
 from models.registry import build_network, model_config
 from runtime import cli
-from runtime.distributed import autocast_dtype, check_precision, start
+from runtime.distributed import check_precision, start, working_dtype
 from training.step import TrainingStep
 
 PARTS = ("tokens", "batch", "processes")
@@ -56,6 +58,7 @@ LATENT_FACTOR = 8  # image pixels to a latent pixel, along a side
 MEDIATORS = 16
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 PATIENCE_SECONDS = 600  # for a measurement with several processes
+LAST_SECONDS = 30  # for those to end their own processes, once told to
 
 
 @dataclass
@@ -119,7 +122,7 @@ def measure_tokens(args: Namespace, found: Measured, device: torch.device) -> No
             config = config_of(label, size)
             tokens = (config.input_size // config.patch_size) ** 2
             network = randomized(build_network(config)).to(device).eval()
-            call = forward_call(network, random_inputs(config, 1, device), autocast_dtype(args.precision))
+            call = forward_call(network, random_inputs(config, 1, device), working_dtype(args.precision))
             cases.append(Case(label, call))
             found.arithmetic.setdefault(label, {})[tokens] = multiply_accumulates(config)
         for result in measure(cases, device=device, **limits(args)):
@@ -131,7 +134,7 @@ def measure_batch(args: Namespace, found: Measured, device: torch.device) -> Non
     config = config_of(labels(args)[0], 256)
     network = randomized(build_network(config)).to(device).eval()
     calls = {
-        batch: forward_call(network, random_inputs(config, batch, device), autocast_dtype(args.precision))
+        batch: forward_call(network, random_inputs(config, batch, device), working_dtype(args.precision))
         for batch in args.batch_sizes
     }
     accelerator, trained = fresh_accelerator(args.precision), randomized(build_network(config))
@@ -159,15 +162,41 @@ def measure_processes(args: Namespace, found: Measured, device: torch.device) ->
             *("-m", "benchmarks.scaling_worker", "--model", labels(args)[0], "--batch-size", str(args.process_batch_size)),
             *("--precision", args.precision, "--repeats", str(args.repeats), "--threads", str(threads)),
         ]
-        ran = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, cwd=Path(__file__).parent.parent
-        )
+        ran = _run(command)
+        if ran is None:
+            raise ValueError(
+                f"the measurement with {processes} processes took over {PATIENCE_SECONDS} s: give a smaller "
+                f"--process-batch-size than {args.process_batch_size}, or fewer --repeats than {args.repeats}"
+            )
         if ran.returncode:
             said = [line for line in ran.stderr.splitlines() if "error: " in line.lower()]
             raise ValueError(f"the measurement with {processes} processes failed: {(said or ['it says nothing'])[0].strip()}")
         times = json.loads(ran.stdout.strip().splitlines()[-1])
         found.processes[processes] = times["step"]
         found.exchange[processes] = times["exchange"]
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess | None:
+    """None where it took too long: then it is ended, with all it started."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, start_new_session=True, **pipes) as process:
+        try:
+            out, said = process.communicate(timeout=PATIENCE_SECONDS)
+            return subprocess.CompletedProcess(command, process.returncode, out, said)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """First by a signal that the launcher passes on: its workers are in groups of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_SECONDS)
 
 
 MEASURES = {"tokens": measure_tokens, "batch": measure_batch, "processes": measure_processes}
@@ -205,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture = plot_path(args.size, device)
     text = report(args, found, projection, forward, environment(device), picture.name)
     print(text)
-    draw(picture, environment(device), found.tokens, found.processes, projection, GPUS)
+    draw(picture, environment(device), found.tokens, found.processes, projection, GPUS, pace(args.train_ms))
     write_section(f"benchmarks.scaling: size {args.size} on {device_name(device)}", text)
 
 
@@ -278,12 +307,18 @@ def processes_lines(args: Namespace, found: Measured) -> Iterator[str]:
         yield text
 
 
+def pace(given: float | None) -> str:
+    """What a projection takes a GPU for. given: by a flag."""
+    return "at the GPU's speed that the flags give" if given else "if a GPU were this device"
+
+
 def assumptions(args: Namespace, projection: TrainingProjection | None, forward: float | None) -> str:
-    parts = [f"A GPU is taken to be as fast as {'the flags say' if args.train_ms or args.forward_ms else 'this device'}."]
+    parts = ["Arithmetic, not measurements."]
     if projection:
         cost, megabytes = projection.cost, projection.gradient_bytes / 1e6
         parts.append(
-            f"""Training: {labels(args)[0]}, {TRAINING_STEPS:,} steps of {TRAINING_BATCH} images, masked pass included. A step
+            f"""Training, {pace(args.train_ms)}: {labels(args)[0]}, {TRAINING_STEPS:,} steps of {TRAINING_BATCH} images,
+            masked pass included. A step
             of b images in a process takes {1e3 * cost.fixed:.2f} ms + b x {1e3 * cost.per_image:.3f} ms, as fitted above or as
             given; with P processes b = {TRAINING_BATCH}/P. The gradient, {megabytes:.0f} MB, goes round a ring: 2 (P-1)/P times
             its bytes at {args.link_gbytes:g} GB/s; the way back, {BACKWARD_SHARE:.2f} of the step, hides that much of it.
@@ -291,8 +326,8 @@ def assumptions(args: Namespace, projection: TrainingProjection | None, forward:
         )
     if forward:
         parts.append(
-            f"""Sampling: {SAMPLES:,} images of {SAMPLING_STEPS} steps with guidance, {GUIDED} forwards each of
-            {1e3 * forward:.3f} ms/image; decoding and writing are left out."""
+            f"""Sampling, {pace(args.forward_ms)}: {SAMPLES:,} images of {SAMPLING_STEPS} steps with guidance,
+            {GUIDED} forwards each of {1e3 * forward:.3f} ms/image; decoding and writing are left out."""
         )
     return " ".join(" ".join(parts).split())
 

@@ -15,9 +15,10 @@ def draw(
     processes: dict[int, float],
     projection: TrainingProjection | None,
     gpus: Sequence[int],
+    pace: str,
 ) -> None:
     """Left the seconds of a forward against tokens, with the fitted lines; right the projected hours of training against GPUs,
-    beside those of perfect scaling, and, where measured, the efficiency of processes here."""
+    beside those of perfect scaling, and, where measured, the efficiency of processes here. pace: what a GPU was taken for."""
     from matplotlib.figure import Figure  # imported here: it costs half a second
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -25,7 +26,7 @@ def draw(
     left, right = figure.subplots(1, 2)
     _draw_tokens(left, tokens)
     if projection:
-        _draw_projection(right, projection, gpus)
+        _draw_projection(right, projection, gpus, pace)
     if processes.get(1):
         measured = ", ".join(f"{p}: {percent(processes[1] / seconds)}" for p, seconds in processes.items() if p > 1)
         if measured:
@@ -58,14 +59,14 @@ def _draw_tokens(axes, tokens: dict[str, dict[int, float]]) -> None:
         axes.legend(fontsize=9)
 
 
-def _draw_projection(axes, projection: TrainingProjection, gpus: Sequence[int]) -> None:
+def _draw_projection(axes, projection: TrainingProjection, gpus: Sequence[int], pace: str) -> None:
     hours = [projection.hours(number) for number in gpus]
     axes.plot(gpus, hours, "o-", label="projected")
     axes.plot(gpus, [hours[0] / number for number in gpus], "--", color="gray", label="perfect scaling")
     for number, value in zip(gpus, hours, strict=True):
         note = percent(projection.efficiency(number))
         axes.annotate(note, (number, value), textcoords="offset points", xytext=(4, 6), fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="hours", title="training, projected, and its efficiency")
+    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="hours", title=f"training, projected {pace}, and its efficiency")
     axes.set_xticks(list(gpus), [str(number) for number in gpus])
     _number_axis(axes)
     axes.legend(fontsize=9)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.compare import System
 from benchmarks.networks import (
     LEARNING_RATE,
+    batches_of,
     forward_call,
     fresh_accelerator,
     limits,
@@ -23,18 +25,21 @@ from benchmarks.networks import (
     training_step,
 )
 from benchmarks.plain_loops import PlainAdan, PlainEMA, PlainStep
-from benchmarks.products import Product, record_products
+from benchmarks.products import Product, may_pack, record_products
 from benchmarks.reference import plain_network
-from benchmarks.rows import OURS, PLAIN, Row, relative_error, row_of
+from benchmarks.rows import ALONE, AMM, OURS, PLAIN, Row, relative_error, row_of
 from benchmarks.saved import saved_for_backward
-from benchmarks.timing import Case, Result, measure
+from benchmarks.targets import TARGETS
+from benchmarks.timing import MIN_ROUNDS, Case, measure
 from models.macs import fresh_on_meta
-from models.registry import build_network
+from models.registry import build_network, default_amm
 from training.data import Batch
 from training.optim import set_lr
 from training.step import Outcome, TrainingStep
 
 SHARE_ROUNDS = 15
+AMM_ROUNDS = 31  # of off and on: it costs less than a machine wavers
+TARGET_ROUNDS = 7  # at least, of what a target is for
 OPTIMIZER_LR = 1e-3  # large enough for a step to be seen in a weight's last digits
 OPTIMIZER_PASSES = 13  # over numbers as many as the weights: of 6 states and the gradient read, 6 states written
 COPIED_BYTES = 256e6
@@ -57,15 +62,40 @@ def forward_rows(args: Namespace, system: System, batch_size: int, device: torch
     """As in sampling: in inference mode, with position biases cached."""
     network = randomized(build_network(system.config)).to(device).eval()
     inputs = random_inputs(system.config, batch_size, device)
-    calls = {PLAIN: forward_call(plain_network(network).eval(), inputs), "fp32": forward_call(network, inputs)}
-    for path, dtype in paths(args).items():
-        # Each compilation takes a minute, and in fp32 it gains little: one network alone is compiled in it.
-        if path == "bf16 compiled" or (path == "fp32 compiled" and system.label == f"EDT-{args.size}/2"):
-            calls[path] = forward_call(prepared(network, dtype), inputs)
-    expected = calls[PLAIN]()
-    errors = {path: relative_error(call(), expected) for path, call in calls.items() if path != PLAIN}
+    calls = {PLAIN: forward_call(plain_network(network).eval(), inputs)}
+    expected = {"": calls[PLAIN]()}
+    is_first = system.label == f"EDT-{args.size}/2"
+    if is_first:
+        modulated = build_network(system.config, default_amm(system.label)).to(device).eval()
+        modulated.load_state_dict(network.state_dict())
+        expected[AMM] = forward_call(plain_network(modulated).eval(), inputs)()
+        calls["fp32" + AMM] = forward_call(modulated, inputs)
+    calls["fp32"] = forward_call(network, inputs)
+    if args.compile:
+        # Each compilation takes a minute: one network alone is also compiled in fp32 and with AMM.
+        if is_first:
+            calls["fp32 compiled"] = forward_call(prepared(network, torch.float32), inputs)
+            calls["bf16 compiled" + AMM] = forward_call(prepared(modulated, torch.bfloat16), inputs)
+        calls["bf16 compiled"] = forward_call(prepared(network, torch.bfloat16), inputs)
+    errors = {
+        path: relative_error(call(), expected[AMM if path.endswith(AMM) else ""])
+        for path, call in calls.items()
+        if path != PLAIN
+    }
+    extra = {"error": errors, "amm_cost": amm_costs(calls, args.amm_rounds, device)}
     products = forward_products(system.config, batch_size)
-    return _measured(args, "forward", system.label, calls, products, batch_size, device, {"error": errors}), calls
+    return _measured(args, "forward", system.label, calls, products, batch_size, device, extra), calls
+
+
+def amm_costs(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """The time that AMM adds, over the time without it: off and on take turns, nothing in between."""
+    costs = {}
+    for path, call in calls.items():
+        if path.endswith(AMM):
+            off = path.removesuffix(AMM)
+            pair = [Case(off, calls[off]), Case(path, call, baseline=off)]
+            costs[path] = measure(pair, device=device, repeats=rounds, warmup=1)[1].ratio - 1
+    return costs
 
 
 def forward_products(config: object, batch_size: int) -> Counter[Product]:
@@ -74,8 +104,11 @@ def forward_products(config: object, batch_size: int) -> Counter[Product]:
     return record_products(torch.no_grad()(lambda: network(*inputs)))
 
 
-def in_dtype(products: Counter[Product], dtype: torch.dtype) -> Counter[Product]:
-    return Counter({product._replace(dtype=dtype): count for product, count in products.items()})
+def in_dtype(products: Counter[Product], dtype: torch.dtype, *, packed: bool = False) -> Counter[Product]:
+    """packed: those by a weight may use it packed."""
+    return Counter(
+        {product._replace(dtype=dtype, packed=packed and product.batch == 1): count for product, count in products.items()}
+    )
 
 
 def _measured(
@@ -88,13 +121,20 @@ def _measured(
     device: torch.device,
     extra: dict[str, dict[str, float]],
 ) -> list[Row]:
-    """The calls take turns. extra: of a row's fields the values by path."""
+    """The calls take turns. extra: of a row's fields the values by path.
+
+    The last path's share wants more rounds than the budget may allow: it is then measured once more beside its products, and
+    has a row of that measurement too.
+    """
     dtypes = {PLAIN: torch.float32, **paths(args)}
-    cases = [
-        Case(path, call, batch_size, None if path == PLAIN else PLAIN, in_dtype(products, dtypes[path]))
-        for path, call in calls.items()
-    ]
-    results = measure(cases, device=device, memory=True, **limits(args))
+    cases = []
+    for path, call in calls.items():
+        dtype = dtypes[path.removesuffix(AMM)]
+        # In a forward one product at a time is by a weight; in training a weight changes with each step.
+        own = in_dtype(products, dtype, packed=work == "forward" and may_pack(dtype, device))
+        cases.append(Case(path, call, batch_size, None if path == PLAIN else PLAIN, own))
+    min_rounds = TARGET_ROUNDS if (work, label) in {(target.work, target.model) for target in TARGETS} else MIN_ROUNDS
+    results = measure(cases, device=device, memory=True, min_rounds=min_rounds, **limits(args))
     plain = results[0]
     rows = [
         row_of(
@@ -110,21 +150,15 @@ def _measured(
     last = rows[-1]
     if work == "forward" and last.path != PLAIN and last.rounds < args.share_rounds:
         [again] = measure([dataclasses.replace(cases[-1], baseline=None)], device=device, repeats=args.share_rounds, warmup=1)
-        rows[-1] = _with_share(last, again)
+        rows.append(row_of(again, work, label, last.path + ALONE))
     return rows
-
-
-def _with_share(row: Row, result: Result) -> Row:
-    return dataclasses.replace(
-        row, share=result.share_of_product_rate, product_gflops=result.product_gflops_per_second
-    )  # fmt: skip
 
 
 # Training step
 
 
 def training_rows(args: Namespace, system: System, batch_size: int, device: torch.device) -> Measured:
-    """Drawing the batch is left out: training does it in a thread, one step ahead, where there is an accelerator."""
+    """Drawing the batch is left out on both sides: see :func:`drawing_line`."""
     batch = training_batch(system.config, batch_size, masked=system.masked)
     network = randomized(build_network(system.config)).to(device)
     plain = PlainStep(plain_network(network), system.optimizer, **system.recipe)
@@ -154,6 +188,18 @@ def _call(step: TrainingStep, batch: Batch) -> Callable[[], Outcome]:
     return lambda: step(0, batch, LEARNING_RATE)
 
 
+def drawing_line(system: System, batch_size: int) -> str:
+    batches = batches_of(system.config, batch_size, masked=system.masked)
+    batches(0)
+    began = time.perf_counter()
+    batches(1)
+    taken = 1e3 * (time.perf_counter() - began) / batch_size
+    return (
+        f"- {system.label}: drawing a batch of {batch_size}, which is left out on both sides, takes {taken:.2f} ms/image, "
+        "reading from files not included; training does it between the steps on a CPU, else in a thread, one step ahead"
+    )
+
+
 def step_products(system: System, batch_size: int) -> Counter[Product]:
     """The matrix products of the plain formulation, forward and back."""
     device = torch.device("meta")
@@ -173,15 +219,13 @@ def step_products(system: System, batch_size: int) -> Counter[Product]:
 
 
 def optimizer_rows(args: Namespace, config: object, label: str, device: torch.device) -> tuple[list[Row], list[str]]:
-    """Adan and the average of the weights, on gradients that stay the same."""
+    """Adan and the average of the weights; timed on gradients that stay the same."""
     network = build_network(config).to(device)
     start = [parameter.detach().clone() for parameter in _trained(network)]
     ours = training_step(
         copy.deepcopy(network), 1, fresh_accelerator("bf16" if args.compile else "fp32"), compile=args.compile
     )  # fmt: skip
     set_lr(ours.optimizer, OPTIMIZER_LR)
-    _give_gradients(ours.model)
-    _give_gradients(network)
     plain, average = PlainAdan(_trained(network), OPTIMIZER_LR), PlainEMA(_trained(network))
 
     def run_plain() -> None:
@@ -192,8 +236,11 @@ def optimizer_rows(args: Namespace, config: object, label: str, device: torch.de
         ours.optimizer.step()
         ours.ema.update()
 
-    run_plain()
-    run_ours()
+    for seed in (1, 2):  # the first step has no earlier gradient to look back to
+        _give_gradients(ours.model, seed)
+        _give_gradients(network, seed)
+        run_plain()
+        run_ours()
     error = _difference_of_moves(start, _trained(ours.model), _trained(network))
     source = torch.randn(int(COPIED_BYTES // 4), device=device)
     target = torch.empty_like(source)
@@ -220,8 +267,8 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def _give_gradients(network: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
+def _give_gradients(network: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     for parameter in _trained(network):
         parameter.grad = torch.randn(parameter.shape, generator=generator).mul_(1e-3).to(parameter.device)
 

@@ -109,6 +109,7 @@ def measure(
     repeats: int = 15,
     warmup: int = 2,
     budget_seconds: float | None = None,
+    min_rounds: int = MIN_ROUNDS,
     device: torch.device = CPU,
     memory: bool = False,
     seed: int = 0,
@@ -116,8 +117,8 @@ def measure(
 ) -> list[Result]:
     """Time the cases in ``repeats`` rounds after ``warmup`` rounds that do not count.
 
-    budget_seconds: begin no further round after so long, warm-up not counted (None: no limit); ``MIN_ROUNDS`` are done in any
-    case, and matrix products timed ``MIN_PRODUCT_TIMINGS`` times. memory: also call each case once under
+    budget_seconds: begin no further round after so long, warm-up not counted (None: no limit); ``min_rounds`` of the repeats
+    are done in any case, and matrix products timed ``MIN_PRODUCT_TIMINGS`` times. memory: also call each case once under
     :func:`peak_memory`. seed: of the rounds' order. Raises ValueError for two cases of one name, a baseline that is none of
     the cases, or fewer than 1 repeat.
     """
@@ -129,13 +130,16 @@ def measure(
     seconds: dict[str | Product, list[float]] = {key: [] for key in timers}
     shuffled, began = random.Random(seed), clock()
     for completed in range(repeats):
-        if budget_seconds is not None and completed >= MIN_ROUNDS and clock() - began >= budget_seconds:
+        if budget_seconds is not None and completed >= min_rounds and clock() - began >= budget_seconds:
             break
         for key in shuffled.sample(list(timers), len(timers)):
             seconds[key].append(timers[key]())
     for key in timers:
         while isinstance(key, Product) and len(seconds[key]) < MIN_PRODUCT_TIMINGS:
             seconds[key].append(timers[key]())
+    for key in timers:
+        if isinstance(key, Product) and key.packed:
+            seconds[key] = min(seconds[key], seconds[key._replace(packed=False)], key=statistics.median)
     results = {case.name: _result(case, seconds) for case in cases}
     for case in cases:
         added = {"peak_bytes": peak_memory(case.run, device)} if memory else {}
@@ -173,7 +177,9 @@ def _timers(
         return time_it
 
     timers: dict[str | Product, Callable[[], float]] = {case.name: timer(case.run, 1) for case in cases}
-    inside = dict.fromkeys(product for case in cases for product in case.products or ())  # a set, in a fixed order
+    inside = [product for case in cases for product in case.products or ()]
+    inside += [product._replace(packed=False) for product in inside]  # packing beforehand is not always faster
+    inside = dict.fromkeys(inside)  # a set, in a fixed order
     for product, call in product_calls(inside, device).items():
         loops = min(max(int(CUDA_FLOPS_PER_TIMING / product.flops), 1), MAX_LOOPS) if device.type == "cuda" else 1
         timers[product] = timer(call, loops)

@@ -111,7 +111,7 @@ class VAECodec(Codec):
         self.name, self.device, self.slice_pixels = name, device, slice_pixels
         self.scale, self.latent_channels = float(config.scaling_factor), config.latent_channels
         self.downsample = 2 ** (len(config.block_out_channels) - 1)  # every block but the last halves the image
-        vae = vae.to(device, torch.float32, memory_format=torch.channels_last)
+        vae = vae.float().to(device, memory_format=torch.channels_last)
         self.vae = vae.eval().requires_grad_(False)
 
     def _slices(self, batch: Tensor, pixels: int) -> tuple[Tensor, ...]:

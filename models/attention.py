@@ -59,9 +59,9 @@ def _working_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def attention_kernel(q: Tensor, k: Tensor, bias: Tensor | None) -> str:
-    """Through what :func:`attend` is computed fastest: "fused", PyTorch's own kernels; "written-out"; or "flex", a kernel
-    compiled for the purpose.
+def attention_kernel(q: Tensor, k: Tensor, bias: Tensor | None, amm: bool = False) -> str:
+    """Through what :func:`attend`, or AMM, is computed fastest: "fused", PyTorch's own kernels; "written-out"; or "flex", a
+    kernel compiled for the purpose.
 
     On a CPU (measured without AMX) the fused kernel is slower in bf16 than products and softmax one after the other, and it
     has no gradient for a bias.
@@ -69,14 +69,15 @@ def attention_kernel(q: Tensor, k: Tensor, bias: Tensor | None) -> str:
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= WRITTEN_OUT_SCORES:
         learns = bias is not None and bias.requires_grad
         return "written-out" if learns or q.dtype == torch.bfloat16 else "fused"
-    return "flex" if q.shape[2] == k.shape[2] and flex_available(q, torch.is_grad_enabled()) else "fused"
+    modified = (amm or bias is not None) and q.shape[2] == k.shape[2]
+    return "flex" if modified and flex_available(q, torch.is_grad_enabled()) else "fused"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v. q (B, H, N, head_dim), k and v (B, H, N_keys, head_dim); bias broadcasts to
     (B, H, N, N_keys)."""
     kernel = attention_kernel(q, k, bias)
-    if kernel == "flex" and bias is not None:
+    if kernel == "flex":
         return flex_attention_with(q, k, v, bias)
     return written_out_attention(q, k, v, bias) if kernel == "written-out" else fused_attention(q, k, v, bias)
 
@@ -137,7 +138,7 @@ class BiasedAttention(nn.Module):
         return self._cached_bias
 
     def train(self, mode: bool = True) -> "BiasedAttention":
-        """A change of mode drops the cache: it changes AMM, and it covers writes through ``.data``, which leave no trace."""
+        """A change of mode drops the cache: writes through ``.data`` leave no trace."""
         self._cached_bias = self._cache_key = None
         return super().train(mode)
 
@@ -158,8 +159,8 @@ class Attention(BiasedAttention):
     """Self-attention over N = grid^2 tokens.
 
     position_bias: a learned :class:`RelativePositionBias` to add, or None. amm: None, "exp" or "cos"; in eval mode the
-    attention probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None,
-    (1, H, N, N).
+    attention probabilities are then multiplied by M = ``amm_matrix(grid, amm)`` without renormalising. The score bias is None
+    or (1, H, N, N).
 
     AMM through a fused kernel: with c = max M, every key appears twice, once with score s + log M and its value v, once with
     score s + log(c - M) and value 0. The denominator is then c * sum(exp s) and the numerator sum(exp(s) M v), so c times the
@@ -216,7 +217,7 @@ class Attention(BiasedAttention):
 
     def _modulated(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """:func:`attend` with AMM."""
-        kernel = attention_kernel(q, k, bias)
+        kernel = attention_kernel(q, k, bias, amm=True)
         if kernel == "flex":
             return flex_attention_with(q, k, v, bias, self.grid, self.amm)
         if kernel == "written-out":

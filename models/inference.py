@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-MAX_GRAPHS = 16  # of one network: for each batch size, and with and without gradients
+MAX_GRAPHS = 16  # of one network: for each shape of its inputs, and with and without gradients
 
 
 def prepare(
@@ -16,8 +16,8 @@ def prepare(
 
     dtype: of weights and activations; it takes and returns float32 all the same. compile: the forward becomes one graph, for
     each shape of the inputs, in which the weights and all that follows from them alone, as position biases, are constants: do
-    not change the weights any more. On CUDA the graph is replayed without the host. varying_batch: one graph serves batches of
-    any size above 1, at a small cost, and none is replayed.
+    not change the weights any more, which are kept a second time. On CUDA the graph is replayed without the host.
+    varying_batch: one graph serves batches of any size above 1, at a small cost, and none is replayed.
     """
     model.requires_grad_(False).eval().to(dtype)
     forward = _compiled(model.forward, next(model.parameters()).device, varying_batch) if compile else model.forward
@@ -26,15 +26,21 @@ def prepare(
 
 
 def _compiled(forward: Callable[..., Tensor], device: torch.device, varying_batch: bool) -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     replayed = device.type == "cuda" and not varying_batch
     options = {"freezing": True, "triton.cudagraphs": replayed}
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        with _onednn_products():
+        with _onednn_products() if device.type == "cpu" else contextlib.nullcontext():
             return torch._inductor.compile(graph, inputs, options=options)
 
-    compiled = torch.compile(forward, backend=backend, dynamic=None if varying_batch else False, fullgraph=True)
+    compiled = torch.compile(
+        forward,
+        backend=backend,
+        dynamic=None if varying_batch else False,
+        fullgraph=True,
+        recompile_limit=MAX_GRAPHS,
+        isolate_recompiles=True,
+    )
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch._inductor.config.patch(freezing=True):  # tracing asks for it, before the options hold

@@ -239,10 +239,10 @@ def transformer_blocks(model: nn.Module) -> list[Block]:
 
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile each transformer block: one compilation for each shape, since blocks of one shape share theirs."""
-    # Stages, AMM, train and eval, and a smaller last batch each add a graph; beyond the limit blocks silently run uncompiled.
+    # Stages, AMM, train and eval, and a smaller last batch each add a graph.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer_blocks(model):
-        block.compile(dynamic=None if model.tokens_vary else False)
+        block.compile(dynamic=None if model.tokens_vary else False, fullgraph=True)
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -77,4 +77,8 @@ class WriteBehind(Generic[T]):
             if error is None:
                 self._finish()
         finally:
-            self._thread.shutdown()
+            try:
+                self._thread.shutdown()
+            except KeyboardInterrupt:  # not the first: the item being written is finished all the same
+                self._thread.shutdown()
+                raise

@@ -163,9 +163,9 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
 
 
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The autocast dtype of ``--precision``; None for fp32."""
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+def working_dtype(precision: str) -> torch.dtype:
+    """What ``--precision`` stands for."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 class SharedError(ValueError):

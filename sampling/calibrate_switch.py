@@ -11,6 +11,7 @@ run measured.
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -98,9 +99,10 @@ def ratio_for(trajectories: Trajectories, wanted: float, first_several_num: int)
 @dataclass(frozen=True)
 class WatchedSampler:
     """A switching sampler whose last dict also holds changes (B, T - 1), the distances of neighbouring states, and
-    calls_by_step (B, steps), the network calls in each step."""
+    calls_by_step (B, steps), the evaluations in each step, of which a guided call is two."""
 
     inner: SwitchingSampler
+    may_be_filled: ClassVar[bool] = False
 
     @property
     def num_steps(self) -> int:
@@ -110,13 +112,13 @@ class WatchedSampler:
         network, previous, changes, calls = self.inner.network, None, [], []
         distance = DISTANCES[network.tracker.policy.distance]
         for k, out in enumerate(self.inner(model, noise, y, step_noise), start=1):
-            calls.append(network.calls.sum(1))
+            calls.append(network.evaluations.sum(1))
             if previous is not None and k <= self.inner.num_solver_steps:
                 changes.append(distance(out["sample"] - previous).flatten(1).mean(1))
             previous = out["sample"].clone()
             if k == self.num_steps:
                 by_step = torch.stack(calls, dim=1).diff(dim=1, prepend=torch.zeros(len(noise), 1, dtype=torch.long))
-                out |= {"changes": torch.stack(changes, dim=1), "calls_by_step": by_step, "calls": network.calls}
+                out |= {"changes": torch.stack(changes, dim=1), "calls_by_step": by_step, "calls": network.evaluations}
             yield out
 
 

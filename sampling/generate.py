@@ -76,20 +76,20 @@ def generate(
     model: in eval mode, on the device to work on; its config gives the latents' shape and the null label. codec: decodes
     latents. labels: the label of image i. num_previews: decode the x_0 prediction of so many evenly spread steps, the last
     included. pad_last: fill the last batch up with copies of its last image, which are then dropped, so that a compiled network
-    meets one shape only; where the sampler's steps depend on the whole batch (adaptive solvers) it stays as it is. wait: False
+    meets one shape only; where the sampler's steps depend on the whole batch, or no such shape is met, it stays. wait: False
     yields a batch before its tensors have arrived, so that the device goes on with the next one: call :meth:`Batch.wait`.
-    after_step: called after each step; what it raises ends the sampling.
+    after_step: called after each step that the sampler yields; what it raises ends the sampling.
     """
     config, device = model.config, next(model.parameters()).device
     shape = (config.in_channels, config.input_size, config.input_size)
-    draws = _Draws(seed, shape, labels, device, batch_size if pad_last and not sampler.coupled else None)
+    draws = _Draws(seed, shape, labels, device, batch_size if pad_last and sampler.may_be_filled else None)
     guided = ClassifierFreeGuidance(model, guidance.scale, config.num_classes, guidance.channels, guidance.interval)
     previewed = set(np.linspace(1, sampler.num_steps, num_previews).round().astype(int).tolist()) if num_previews else set()
     cut = [list(image_ids[start : start + batch_size]) for start in range(0, len(image_ids), batch_size)]
     with contextlib.closing(draws.starts(cut)) as starts:
         for ids, y, noise in starts:
             previews = []
-            with draws.of_steps(ids, sampler.num_steps) as step_noise:
+            with draws.of_steps(ids, sampler.num_solver_steps) as step_noise:
                 for k, out in enumerate(sampler(guided, draws.moved(noise), draws.moved(y), step_noise), start=1):
                     if k in previewed:
                         previews.append(out["pred_xstart"])
@@ -149,9 +149,9 @@ def _finish(codec, ids: list[int], y: Tensor, out: dict[str, Tensor], previews: 
     def to_host(value: Tensor) -> Tensor:
         return value[:count].to("cpu", non_blocking=value.is_cuda)  # from CUDA into pinned memory
 
-    decoded = [to_host(codec.decode(preview)) for preview in previews]
+    decoded = [to_host(codec.decode(preview[:count])) for preview in previews]
     records = {name: to_host(value) for name, value in out.items() if name not in ("sample", "pred_xstart")}
-    images = to_host(codec.decode(out["sample"]))
+    images = to_host(codec.decode(out["sample"][:count]))
     copied = None
     if out["sample"].is_cuda:
         copied = torch.cuda.Event(blocking=True)

@@ -21,7 +21,7 @@ from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.inference import prepare
 from models.registry import resolve_amm
 from runtime.cli import ArgumentParser, BooleanFlag, non_negative_float, number, positive_float, seed
-from runtime.distributed import autocast_dtype, check_precision
+from runtime.distributed import check_precision, working_dtype
 from runtime.fetch import digest, fetch
 from sampling.generate import Guidance
 from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
@@ -165,7 +165,7 @@ def build_pipeline(args: Namespace, device: torch.device) -> Pipeline:
 
 def make_ready(model: nn.Module, args: Namespace, varying_batch: bool = False) -> None:
     """:func:`models.inference.prepare` by the flags."""
-    prepare(model, autocast_dtype(args.precision) or torch.float32, args.compile, varying_batch)
+    prepare(model, working_dtype(args.precision), args.compile, varying_batch)
 
 
 def set_cfg_power(model: nn.Module, args: Namespace, checkpoint: Checkpoint) -> None:

@@ -36,8 +36,8 @@ class Sampler(Protocol):
         """The same without an SDE's separate last step."""
 
     @property
-    def coupled(self) -> bool:
-        """Whether a sample depends on which others are in its batch, so that a batch must not be filled up."""
+    def may_be_filled(self) -> bool:
+        """Whether a batch filled up with copies gives the same samples, and spares a compiled network a second shape."""
 
     @property
     def settings(self) -> dict:
@@ -55,7 +55,7 @@ class GaussianSampler:
     diffusion: GaussianDiffusion
     ddim: bool = False
     eta: float = 0.0
-    coupled: ClassVar[bool] = False
+    may_be_filled: ClassVar[bool] = True
 
     @property
     def num_steps(self) -> int:
@@ -95,8 +95,9 @@ class TransportSampler:
         return self.process.num_steps - 1 if isinstance(self.process, SDE) else self.process.num_yields
 
     @property
-    def coupled(self) -> bool:
-        return isinstance(self.process, ODE) and self.process.coupled
+    def may_be_filled(self) -> bool:
+        """Not where samples share their steps, nor where each is solved by itself."""
+        return not (isinstance(self.process, ODE) and (self.process.coupled or self.process.per_sample))
 
     @property
     def settings(self) -> dict:
@@ -134,9 +135,7 @@ class SwitchingSampler:
     def num_solver_steps(self) -> int:
         return self.inner.num_solver_steps
 
-    @property
-    def coupled(self) -> bool:
-        return self.inner.coupled
+    may_be_filled: ClassVar[bool] = False  # its networks meet parts of the batch, of any size
 
     @property
     def settings(self) -> dict:

@@ -162,7 +162,7 @@ def switch_table(network: StepwiseNetwork) -> Table:
 
 
 def summary(network: StepwiseNetwork, table: np.ndarray) -> str:
-    """What the images cost, in lines; guidance makes two calls of one. table: of :func:`switch_table`, (N, columns)."""
+    """What the images cost, in lines; a guided call counts twice. table: of :func:`switch_table`, (N, columns)."""
     cost, stages = gmacs(network), len(network.models)
     evaluations = table[:, stages - 1 : 2 * stages - 1]
     total = evaluations.sum()

@@ -86,6 +86,8 @@ BASES = {
     "benchmarks.plot": (f"{HERE}/results.json",),
     "benchmarks.run": ("--size Ti",),
     "benchmarks.scaling": ("--size Ti",),
+    "benchmarks.scaling_worker": ("--model EDT-Ti/2 --batch-size 1",),
+    "benchmarks.curves": ("--steps 100",),
     "benchmarks.mediators": ("--image-sizes 64 --mediators 4",),
     "benchmarks.evaluator": ("--quick",),
     "examples.digits": (f"prepare {HERE}/digits", f"report --data {HERE} --samples a --samples-amm b --run c --out {HERE}/d"),
@@ -192,7 +194,8 @@ def _flag(action: argparse.Action) -> Flag:
         values = (*PATHS, *WORDS)
     else:
         values = tuple(accepted)
-    return Flag(tuple(action.option_strings), {"+": 3, "*": 3, "?": 1, None: 1, 0: 0}[action.nargs], values)
+    most = action.nargs if isinstance(action.nargs, int) else {"+": 3, "*": 3, "?": 1, None: 1}[action.nargs]
+    return Flag(tuple(action.option_strings), most, values)
 
 
 def _takes(kind: Callable, value: str) -> bool:

@@ -15,7 +15,7 @@ from benchmarks.memory import Need
 from benchmarks.networks import random_inputs, training_batch, training_step
 from benchmarks.products import Product, record_products, total_flops
 from benchmarks.reference import plain_network
-from benchmarks.rows import OURS, PLAIN, Part, Row, find, read_parts, row_of, table, write_parts
+from benchmarks.rows import ALONE, AMM, OURS, PLAIN, Part, Row, find, read_parts, row_of, table, write_parts
 from benchmarks.saved import saved_for_backward
 from benchmarks.targets import TARGETS, target_lines
 from benchmarks.timing import Result
@@ -25,7 +25,7 @@ from runtime.distributed import start_training
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 SMALL = ["--size", "Ti", "--no-compile", "--repeats", "1", "--batch-size", "2", "--train-batch-size", "1"]
-SMALL += ["--sample-images", "3", "--sample-batch-size", "2", "--sample-steps", "2", "--share-rounds", "1"]
+SMALL += ["--sample-images", "3", "--sample-batch-size", "2", "--sample-steps", "2", "--share-rounds", "1", "--amm-rounds", "1"]
 
 
 def row(**values) -> Row:
@@ -70,9 +70,9 @@ def test_other_files_are_refused(tmp_path, content):
 def test_table_leaves_out_what_no_row_has():
     heading, _, first, second = table([row(speedup=1.5), row(path=PLAIN, error=2e-3)]).splitlines()
     assert [cell.strip() for cell in heading.strip("|").split("|")] == [
-        "model", "path", "batch", "ms/image", "times as fast as plain", "error"
+        "model", "path", "batch", "ms/image", "rounds", "times as fast as plain", "error"
     ]  # fmt: skip
-    assert [cell.strip() for cell in first.strip("|").split("|")] == ["EDT-S/2", "fp32", "8", "2.00", "1.50", "-"]
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["EDT-S/2", "fp32", "8", "2.00", "1", "1.50", "-"]
     assert [cell.strip() for cell in second.strip("|").split("|")][-1] == "2e-3"
 
 
@@ -91,12 +91,20 @@ def test_targets_are_judged_by_the_best_path_of_the_right_batch():
     fp32, bf16, optimizer, error = target_lines(rows)
     assert fp32.startswith("- EDT-S/2 forward, batch 8, fp32 (fp32 compiled): 1.45, target 1.40: met; 90 % of its time are")
     assert "2.50, target 3.00: not met; 40 % of its time are its products, alone at 400 GFLOP/s, 2.00 times fp32's" in bf16
-    assert bf16.endswith("the most that the machine could give is 6.25")
-    assert "3.20, target 3.00: met; the most that the machine could give is 5.00" in optimizer
+    assert bf16.endswith("if nothing else took time, it would be 6.25")
+    assert "3.20, target 3.00: met; at the rate of copying memory it would be 5.00" in optimizer
     assert error == "- Error of bf16 forwards: at most 1.5e-02, target 2e-02: met"
     [share] = [target for target in TARGETS if target.field == "share"]
     rows[4] = dataclasses.replace(rows[4], batch=share.batch)
     assert any("batch 16, share: 90 %, target 70 %: met" in line for line in target_lines(rows))
+    alone = dataclasses.replace(rows[4], path="bf16 compiled" + ALONE, share=0.6, rounds=15)
+    assert any("share: 60 %, target 70 %: not met" in line for line in target_lines([*rows, alone]))
+
+
+def test_the_cost_of_amm_is_the_pairs():
+    rows = [row(path="bf16 compiled" + AMM, speedup=1.0, amm_cost=0.024), row(path="bf16 compiled", speedup=3.5)]
+    lines = list(target_lines(rows))
+    assert "- EDT-S/2 forward, bf16 compiled: AMM takes 2.4 % more time, target at most 3 %: met" in lines
 
 
 # Products
@@ -122,6 +130,8 @@ def test_products_of_a_training_step(k):
 def test_products_change_their_precision():
     products = Counter({Product(1, 2, 3, 4, FP32): 5})
     assert speed.in_dtype(products, BF16) == {Product(1, 2, 3, 4, BF16): 5}
+    products[Product(2, 2, 3, 4, FP32)] = 1
+    assert speed.in_dtype(products, BF16, packed=True) == {Product(1, 2, 3, 4, BF16, True): 5, Product(2, 2, 3, 4, BF16): 1}
 
 
 # Memory
@@ -181,7 +191,9 @@ def test_small_run_writes_table_json_and_picture(capsys, monkeypatch, tmp_path):
     parts = read_parts(tmp_path / "results.json")
     assert list(parts) == list(run.PARTS)
     for work in ("forward", "training", "optimizer", "sampling"):
-        plain, ours = parts[work].rows
+        plain, *with_amm, ours = parts[work].rows
+        assert [row.path for row in with_amm] == (["fp32" + AMM] if work == "forward" else [])
+        assert all(row.amm_cost is not None and row.error < 1e-2 for row in with_amm)
         assert plain.path == PLAIN and plain.speedup is None and ours.speedup > 0 and ours.error < 1e-2
         assert work in ("optimizer", "sampling") or (ours.saved_bytes is None) == (work == "forward")
     assert [row.path for row in parts["memory"].rows] == ["fp32", "fp32, recomputed", "bf16", "bf16, recomputed"]
@@ -200,9 +212,14 @@ def test_compiled_paths(monkeypatch):
     args = Namespace(**{**vars(run.parse(SMALL)), "compile": True})
     edt = run.systems("Ti")[0]
     rows, calls = speed.forward_rows(args, edt, 2, CPU)
-    assert [row.path for row in rows] == list(calls) == [PLAIN, "fp32", "fp32 compiled", "bf16 compiled"]
-    assert rows[1].error < 1e-5 and rows[3].error == 1.0  # a fresh network gives zeros
-    assert rows[1].product_gflops != rows[3].product_gflops
+    assert [row.path for row in rows] == list(calls)
+    assert list(calls) == [PLAIN, "fp32" + AMM, "fp32", "fp32 compiled", "bf16 compiled" + AMM, "bf16 compiled"]
+    assert rows[1].error < 1e-5 and rows[2].error < 1e-5 and rows[5].error == 1.0  # a fresh network gives zeros
+    assert [row.amm_cost is None for row in rows] == [True, False, True, True, False, True]
+    assert rows[2].product_gflops != rows[5].product_gflops
+    again, _ = speed.forward_rows(Namespace(**{**vars(args), "share_rounds": 2}), edt, 2, CPU)
+    assert [row.path for row in again[-2:]] == ["bf16 compiled", "bf16 compiled" + ALONE]
+    assert (again[-1].rounds, again[-1].speedup, again[-2].rounds) == (2, None, 1)
     assert [row.path for row in speed.forward_rows(args, run.systems("Ti")[2], 2, CPU)[0]] == [PLAIN, "fp32", "bf16 compiled"]
 
 

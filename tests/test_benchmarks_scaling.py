@@ -105,13 +105,22 @@ def test_workers_take_equal_shares(tmp_path):
 
 
 def test_a_failing_worker_is_told_of(monkeypatch):
-    def run(command, **settings):
+    def run(command):
         assert "--nproc_per_node=1" in command
         return subprocess.CompletedProcess(command, 1, "", "note: x\nRuntimeError: no memory\n  exitcode : 1\n")
 
-    monkeypatch.setattr(scaling.subprocess, "run", run)
+    monkeypatch.setattr(scaling, "_run", run)
     with pytest.raises(ValueError, match=r"with 1 processes failed: RuntimeError: no memory$"):
         scaling.measure_processes(scaling.parse(SMALL), scaling.Measured(), CPU)
+
+
+def test_a_worker_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(scaling, "PATIENCE_SECONDS", 0.5)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(scaling.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(ValueError, match=r"with 1 processes took over 0.5 s: give a smaller --process-batch-size than 4"):
+        scaling.measure_processes(scaling.parse(SMALL), scaling.Measured(), CPU)
+    assert started[0].poll() is not None
 
 
 def test_small_run_writes_section_and_picture(capsys, monkeypatch, tmp_path):

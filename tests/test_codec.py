@@ -118,9 +118,7 @@ def test_the_vae_works_channels_last(tiny_vae, vae):
     for part in (codec.vae.encoder, codec.vae.decoder):
         for layer in (part.conv_in, part.conv_out):
             assert layer.weight.is_contiguous(memory_format=torch.channels_last)
-            layer.register_forward_pre_hook(
-                lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
-            )
+            layer.register_forward_pre_hook(look)
     images, latents = (random_images(2, 32).permute(0, 3, 1, 2) / 127.5 - 1).contiguous(), torch.randn(2, 4, 4, 4)
     decoded = []
     codec.vae.decoder.register_forward_hook(lambda _, args, out: decoded.append(out))

@@ -17,7 +17,7 @@ NULL = 10
 
 
 class Network:
-    """Labels shift what it predicts. levels: the times at which it was called, with the number of samples."""
+    """Labels shift what it predicts. calls: the times at which it was called, with the number of samples."""
 
     def __init__(self, variance: bool):
         self.variance, self.calls = variance, []

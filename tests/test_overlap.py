@@ -174,7 +174,8 @@ def test_a_batch_whose_steps_are_chosen_together_is_not_filled():
     """Copies of an image would weigh its error more, and so change the steps of all."""
     method = {"sampling_method": "dopri5", "num_steps": NUM_STEPS}
     together, alone = (TransportSampler(ODE(create_transport(), per_sample=each, **method)) for each in (False, True))
-    assert together.coupled and not alone.coupled
+    assert together.process.coupled and not alone.process.coupled
+    assert not (together.may_be_filled or alone.may_be_filled)
     network = Network()
     assert_same(batches_of(together, network=network, pad_last=True), batches_of(together))
     assert set(network.sizes) == {3, 1}

@@ -200,9 +200,10 @@ def test_total_equals_torchs_counter_for_edt():
 
 def test_product_calls_run_every_shape():
     products = [Product(1, 5, 6, 7, FP32), Product(4, 3, 2, 9, FP32), Product(2, 8, 8, 8, BF16)]
+    products.append(Product(1, 3, 8, 5, FP32, packed=True))
     calls = product_calls(products, torch.device("cpu"))
     shapes = {product: tuple(call().shape) for product, call in calls.items()}
-    assert shapes == dict(zip(products, [(5, 7), (4, 3, 9), (2, 8, 8)], strict=True))
+    assert shapes == dict(zip(products, [(5, 7), (4, 3, 9), (2, 8, 8), (3, 5)], strict=True))
 
 
 # --- the plain formulation

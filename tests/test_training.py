@@ -102,7 +102,7 @@ def test_the_timestep_sampler_learns_the_unweighted_sum_of_both_losses(store):
     assert set(np.flatnonzero(history.any(1))) == set(t.tolist())
 
 
-def test_a_step_asks_other_processes_and_the_device_once(store, monkeypatch):
+def test_a_step_asks_other_processes_once(store, monkeypatch):
     """For what the step is worth, whether to stop, and the losses that the timestep sampler learns from."""
     asked, gather = [], Accelerator.gather
     monkeypatch.setattr(Accelerator, "gather", lambda self, tensor: asked.append(tensor.shape) or gather(self, tensor))

@@ -127,6 +127,8 @@ def trial_step(
         whole = TrainingStep(accelerator, predict, optimizer, ema, mathematics, sampler, args.seed, size, range(size), size)
         batch = made_up_batch(trained.config, size, mask_places).to(accelerator.device)
         times, _ = whole._sample_timesteps(0)
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.grad = torch.zeros_like(weight)  # they are there in every forward but the first of a global batch
         try:
             for _ in range(1 if optimizer.state else 2):  # the first leaves the optimizer's state in memory
                 losses, _ = whole._losses(batch, whole._own(times))

@@ -97,7 +97,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         default=0,
         metavar="auto|IMAGES",
         help="images a process puts through the network at once, to save memory; 0 = its whole share; auto = as many as a CUDA "
-        "GPU's memory takes; same gradients",
+        "GPU's memory takes beside the step (not beside images being encoded, or --sample-every); same gradients",
     )
 
 

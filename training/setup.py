@@ -100,7 +100,11 @@ def prepare_run(
     share = my_share(range(batch), accelerator)
     micro_batch_size = args.micro_batch_size or len(share)
     if micro_batch_size == "auto":
-        micro_batch_size = choose_micro_batch_size(args, model, objective, mask_places, len(share), accelerator)
+        chosen = (found or {}).get("auto_micro_batch")  # sums in the same order are part of an exact resume
+        if not chosen or chosen["share"] != len(share):
+            size = choose_micro_batch_size(args, model, objective, mask_places, len(share), accelerator)
+            chosen = {"share": len(share), "size": size}
+        facts["auto_micro_batch"], micro_batch_size = chosen, chosen["size"]
     if not found:
         folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     _start_trackers(accelerator, folder, args, found["step"] if found else None)

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.checkpoints.build import check_shapes
 from models.layers import transformer_blocks
-from runtime.distributed import autocast_dtype
+from runtime.distributed import working_dtype
 
 
 class ShardedModel(nn.Module):
@@ -34,7 +34,7 @@ class ShardedModel(nn.Module):
         super().__init__()
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         # bf16: a block's weights are rounded before they are sent, as autocast would round them after.
-        rounded = MixedPrecisionPolicy(autocast_dtype(precision), torch.float32, cast_forward_inputs=False)
+        rounded = MixedPrecisionPolicy(working_dtype(precision), torch.float32, cast_forward_inputs=False)
         for block in transformer_blocks(module):
             block.attn.expands_inside = True  # elsewhere its tables are not gathered
             fully_shard(block, mesh=mesh, mp_policy=rounded)

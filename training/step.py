@@ -97,10 +97,10 @@ class TrainingStep:
 
     def _exchange(self, flags: Sequence[Tensor | bool], losses: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Each process's flags, (processes, F), and the global batch's losses, in its order, which are empty for a timestep
-        sampler that does not learn. The step's one exchange besides the gradient's, and the only time that it waits for the
-        device."""
+        sampler that does not learn. The step's one exchange besides the gradient's, and the one time that it waits for the
+        device (in fp16 the loss scaler does so too): whether the weights may change is decided here."""
         device = self.accelerator.device
-        mine = [torch.as_tensor(flag, device=device).float().reshape(1) for flag in flags]
+        mine = [_on(device, flag).reshape(1) for flag in flags]
         mine += [part.float() for part in losses] if self.timestep_sampler.learns else []
         gathered = self.accelerator.gather(torch.cat(mine)).view(self.accelerator.num_processes, -1).cpu().double().numpy()
         return gathered[:, : len(flags)] > 0, gathered[:, len(flags) :].flatten()
@@ -108,7 +108,7 @@ class TrainingStep:
     def any_process(self, *flags: Tensor | bool) -> list[bool]:
         """Whether any process raises each flag. Waits for the device."""
         device = self.accelerator.device
-        votes = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
+        votes = torch.stack([_on(device, flag) for flag in flags])
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
         return [vote > 0 for vote in votes.tolist()]
@@ -149,6 +149,11 @@ class TrainingStep:
         none = by_pass.new_zeros(1)
         mse, vb, masked = losses.get("mse", none), losses.get("vb", none), by_pass[1] if passes == 2 else none
         return by_pass.sum(0), torch.stack([part.sum() for part in (by_pass, mse, vb, by_pass[0], masked, none)])
+
+
+def _on(device: torch.device, flag: Tensor | bool) -> Tensor:
+    """A flag as a float on the device, without waiting for it."""
+    return flag.float() if isinstance(flag, Tensor) else torch.full((), float(flag), device=device)
 
 
 def _fault(wrong_gradient: np.ndarray, wrong_loss: np.ndarray) -> str | None:

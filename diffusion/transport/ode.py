@@ -26,7 +26,7 @@ class ODE:
     sampling_method: euler, heun (heun2), ab2, ab3 or ab4 of :mod:`diffusion.solvers`, or a method of torchdiffeq. num_steps:
     points of the even time grid, so num_steps - 1 solver steps; an adaptive method takes its own steps and meets an error of
     atol + rtol |x|. reverse: from data to noise. per_sample: torchdiffeq's methods solve each sample on its own; otherwise the
-    steps of an adaptive one, and so each sample, depend a little on the batch. (The steps of the others do not.)
+    steps of an adaptive or iterating one, and so each sample, depend a little on the batch.
     """
 
     transport: Transport

@@ -149,8 +149,8 @@ class Transport:
     def call(self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None) -> Tensor:
         """The network's first C channels, in float32 whatever precision it works in (or in x's type if wider).
 
-        t: (B,) or a scalar. Guidance that varies with time takes a scalar; the solvers' grids lie on the CPU, where reading it
-        waits for no device.
+        t: (B,) or a scalar. Guidance that varies with time takes a scalar; our own solvers' grids lie on the CPU, where reading
+        it waits for no device, torchdiffeq's do not.
         """
         if varies(model) and not t.ndim:
             model = model.at(t.item(), 1 - t.item())
