@@ -122,7 +122,7 @@ def _convolution(out: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, 
 def _convolution_backward(out, grad: Tensor, x: Tensor, weight: Tensor, bias_sizes, *settings):
     """The gradients of input and weight that are wanted: the same FLOPs each."""
     *settings, wanted = settings
-    [(groups, pixels, k, n, dtype)] = _convolution(grad, x, weight, None, *settings)
+    [(groups, pixels, k, n, dtype, _)] = _convolution(grad, x, weight, None, *settings)
     both = Product(groups, pixels, n, k, dtype), Product(groups, k, pixels, n, dtype)
     return [product for product, is_wanted in zip(both, wanted, strict=False) if is_wanted]
 

@@ -1,7 +1,7 @@
 """Time every network against its plain formulation, beside what this machine's matrix products allow; write tables to
 benchmarks/RESULTS.md, the rows to benchmarks/results-<device>.json and a picture of them beside it.
 
-python -m benchmarks.run [--only forward training optimizer sampling memory] [--size S] [--budget-seconds 20]
+python -m benchmarks.run [--only forward training optimizer sampling memory] [--size S] [--budget-seconds 10]
 """
 
 import sys
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--memory-gb", type=cli.positive_float, nargs="+", default=[24.0, 80.0], help="what batches shall fit in"
     )
     parser.add_argument("--compile", action=cli.BooleanFlag, default=True, help="also time what is compiled")
-    add_limit_arguments(parser, repeats=15, budget_seconds=20.0, budget_is_for="for the rounds of a model in a part")
+    add_limit_arguments(parser, repeats=15, budget_seconds=10.0, budget_is_for="for the rounds of a model in a part")
     args = parser.parse_args(argv)
     if args.memory_batches and len(set(args.memory_batches)) < 2:
         parser.error(f"--memory-batches {args.memory_batches[0]} {args.memory_batches[1]}: give two different ones")

@@ -191,10 +191,10 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess | None:
 
 def _end(process: subprocess.Popen) -> None:
     """First by a signal that the launcher passes on: its workers are in groups of their own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for signum in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signum)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(LAST_SECONDS)
 

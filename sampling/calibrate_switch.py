@@ -108,6 +108,10 @@ class WatchedSampler:
     def num_steps(self) -> int:
         return self.inner.num_steps
 
+    @property
+    def num_solver_steps(self) -> int:
+        return self.inner.num_solver_steps
+
     def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
         network, previous, changes, calls = self.inner.network, None, [], []
         distance = DISTANCES[network.tracker.policy.distance]

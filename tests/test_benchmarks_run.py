@@ -96,9 +96,9 @@ def test_targets_are_judged_by_the_best_path_of_the_right_batch():
     assert error == "- Error of bf16 forwards: at most 1.5e-02, target 2e-02: met"
     [share] = [target for target in TARGETS if target.field == "share"]
     rows[4] = dataclasses.replace(rows[4], batch=share.batch)
-    assert any("batch 16, share: 90 %, target 70 %: met" in line for line in target_lines(rows))
+    assert any("90 %, target 70 %: met" in line for line in target_lines(rows))
     alone = dataclasses.replace(rows[4], path="bf16 compiled" + ALONE, share=0.6, rounds=15)
-    assert any("share: 60 %, target 70 %: not met" in line for line in target_lines([*rows, alone]))
+    assert any("60 %, target 70 %: not met" in line for line in target_lines([*rows, alone]))
 
 
 def test_the_cost_of_amm_is_the_pairs():
