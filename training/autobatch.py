@@ -48,7 +48,9 @@ def choose_micro_batch_size(
     Raises ValueError where not even one image fits.
     """
     with together():
-        most = largest_fitting(memory_probe(args, network, objective, mask_places, accelerator), share)
+        step = trial_step(args, network, objective, mask_places, accelerator)
+        most = largest_fitting(memory_probe(step, accelerator.device), share)
+        del step  # and with it its copies
         release(accelerator.device)
     most = min(gather_object([most]))
     if not most:
@@ -76,21 +78,9 @@ def largest_fitting(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def memory_probe(
-    args: Namespace,
-    network: nn.Module,
-    objective: Objective,
-    mask_places: Sequence[MaskPlace] | None,
-    accelerator: Accelerator,
-) -> Callable[[int], bool]:
-    """Whether a training step with so many images at once stays within the GPU's memory, with a margin.
-
-    The step is a whole one, with EMA and optimizer state, of a copy of the network: not compiled, which needs more memory, and
-    with the fewest masked tokens.
-    """
-    device = accelerator.device
+def memory_probe(step: Callable[[int], None], device: torch.device) -> Callable[[int], bool]:
+    """Whether a step of so many images at once stays within the GPU's memory, with a margin."""
     allowed = MOST_OF_MEMORY * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    step = trial_step(args, network, objective, mask_places, accelerator)
 
     def fits(size: int) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
@@ -109,7 +99,10 @@ def trial_step(
     mask_places: Sequence[MaskPlace] | None,
     accelerator: Accelerator,
 ) -> Callable[[int], None]:
-    """A training step of a copy of the network on so many made-up images, without other processes."""
+    """A training step of a copy of the network on so many made-up images, without other processes.
+
+    A whole one, with EMA and optimizer state: not compiled, which needs more memory, and with the fewest masked tokens.
+    """
 
     @functools.cache
     def copies() -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
