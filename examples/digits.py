@@ -64,27 +64,38 @@ def to_nearest(images: np.ndarray, training: np.ndarray) -> float:
     return float(np.median(np.sqrt(squared.clip(min=0).min(1))))
 
 
+class Judge:
+    """Measures samples against the digits. of_real: the same figures of the real images, where they make sense."""
+
+    def __init__(self, data: Path):
+        (self.train, train_labels), (self.held_out, held_out_labels) = (
+            read_folder(data / "train"),
+            read_folder(data / "held_out"),
+        )
+        self.classifier = SVC(C=10).fit(self.train, train_labels)
+        rng = np.random.default_rng(0)
+        draws = [self.train[rng.permutation(len(self.train))[:HELD_OUT]] for _ in range(NUM_REAL_PAIRS)]
+        self.of_real = {
+            "classifier_accuracy_on_held_out": float((self.classifier.predict(self.held_out) == held_out_labels).mean()),
+            "frechet_of_real_images": float(np.mean([distance(drawn, self.held_out) for drawn in draws])),
+            "median_distance_of_held_out_to_training": to_nearest(self.held_out, self.train),
+        }
+
+    def __call__(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """images: flattened, (N, 768) in [0, 1]; the Frechet distance is that of the first 359."""
+        frechet = distance(images[:HELD_OUT], self.held_out)
+        return {
+            "label_agreement": float((self.classifier.predict(images) == labels).mean()),
+            "frechet": frechet,
+            "frechet_ratio": frechet / self.of_real["frechet_of_real_images"],
+            "median_distance_to_training": to_nearest(images, self.train),
+        }
+
+
 def measure(data: Path, samples: dict[str, Path]) -> dict:
     """Figures of the real images, and of each file of samples under its name."""
-    (train, train_labels), (held_out, held_out_labels) = read_folder(data / "train"), read_folder(data / "held_out")
-    classifier = SVC(C=10).fit(train, train_labels)
-    rng = np.random.default_rng(0)
-    real = [distance(train[rng.permutation(len(train))[:HELD_OUT]], held_out) for _ in range(NUM_REAL_PAIRS)]
-    figures = {
-        "classifier_accuracy_on_held_out": float((classifier.predict(held_out) == held_out_labels).mean()),
-        "frechet_of_real_images": float(np.mean(real)),
-        "median_distance_of_held_out_to_training": to_nearest(held_out, train),
-    }
-    for name, path in samples.items():
-        images, labels = read_samples(path)
-        frechet = distance(images[:HELD_OUT], held_out)
-        figures[name] = {
-            "label_agreement": float((classifier.predict(images) == labels).mean()),
-            "frechet": frechet,
-            "frechet_ratio": frechet / figures["frechet_of_real_images"],
-            "median_distance_to_training": to_nearest(images, train),
-        }
-    return figures
+    judge = Judge(data)
+    return judge.of_real | {name: judge(*read_samples(path)) for name, path in samples.items()}
 
 
 def quality_rows(figures: dict, first: str, second: str, agreement: str, frechet: str) -> list[tuple[str, float, float, str]]:
