@@ -15,7 +15,8 @@ from runtime.distributed import start
 from runtime.files import check_writable
 from sampling.generate import generate
 from sampling.grids import save_grid
-from sampling.options import Pipeline, add_sampling_arguments, add_transport_arguments, build_pipeline
+from sampling.options import Pipeline, add_sampling_arguments, build_pipeline
+from sampling.solver_options import add_transport_arguments
 
 
 def parse(argv: Sequence[str] | None):

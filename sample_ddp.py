@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from runtime import cli
 from runtime.distributed import start
 from sampling.many import add_many_arguments, sample_many
-from sampling.options import add_sampling_arguments, add_transport_arguments, build_pipeline
+from sampling.options import add_sampling_arguments, build_pipeline
+from sampling.solver_options import add_transport_arguments
 
 
 def parse(argv: Sequence[str] | None):

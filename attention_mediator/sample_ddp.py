@@ -14,7 +14,8 @@ try:
     from runtime import cli
     from runtime.distributed import start
     from sampling.many import add_many_arguments, sample_many
-    from sampling.options import add_sampling_arguments, add_transport_arguments, build_pipeline, check_held
+    from sampling.options import add_sampling_arguments, build_pipeline, check_held
+    from sampling.solver_options import add_transport_arguments
     from sampling.writers import Table
 except ModuleNotFoundError as error:
     if error.name not in ("runtime", "sampling"):

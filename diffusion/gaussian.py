@@ -78,6 +78,11 @@ class GaussianDiffusion:
             raise ValueError(f"the model must return {2 * x.shape[1]} channels (noise and variance), got {out.shape[1]}")
         return out.float()
 
+    def network_at(self, model: Model, i: int) -> Model:
+        """What to call at timestep i of THIS process: guidance may vary with time."""
+        original = self.timestep_map[i]
+        return model.at(original, original / NUM_TIMESTEPS) if varies(model) else model
+
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t given x_0 (DDPM eq. 4)."""
         return self._at("sqrt_a", t, x0) * x0 + self._at("sqrt_one_minus_a", t, x0) * noise
@@ -211,9 +216,7 @@ class GaussianDiffusion:
         for k, i in enumerate(reversed(range(self.num_timesteps)), start=1):
             t = torch.full((len(x),), i, device=x.device)
             added = None if not draws else step_noise(k).to(x.device) if step_noise else torch.randn_like(x)
-            original = self.timestep_map[i]
-            asked = model.at(original, original / NUM_TIMESTEPS) if varies(model) else model
-            out = step(asked, x, t, added)
+            out = step(self.network_at(model, i), x, t, added)
             yield out
             x = out["sample"]
 

@@ -185,7 +185,8 @@ class GuidedNetwork(nn.Module):
         """x: (2B, ...), of which the first half is used twice; y: B labels, then B null labels.
 
         channels: guide the first 3 (as published) or, with None, all channels; never the variance, which is no prediction of
-        the noise. Returns (2B, C_out, S, S), guided in both halves.
+        the noise. Returns (2B, C_out, S, S), guided in both halves. This is guidance as published, for callers of their own;
+        the samplers' is :mod:`diffusion.guidance`, for any network and schedule.
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)

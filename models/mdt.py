@@ -111,7 +111,7 @@ class MDT(GuidedNetwork):
     """See :meth:`forward`. amm: the blocks whose attention is modulated in eval mode, counted through encoder-in, encoder-out
     and decoder, or None.
 
-    cfg_power: how late guidance sets in, see :meth:`guidance_scale`.
+    cfg_power: how late guidance sets in as published, see :meth:`guidance_scale`; samplers take it where no other is asked for.
     """
 
     tokens_vary = True  # the masked pass keeps another number at each step

@@ -155,6 +155,11 @@ class StepwiseNetwork(nn.Module):
         self.calls = torch.zeros(batch_size, len(self.models), dtype=torch.int64)
         self.evaluations = torch.zeros_like(self.calls)
 
+    @property
+    def cfg_power(self) -> float:
+        """The power-cosine of guidance that the networks were published with, 0 for none."""
+        return getattr(self.models[0], "cfg_power", 0.0)
+
     def observe(self, x: Tensor) -> None:
         """See :meth:`StageTracker.observe`."""
         self.tracker.observe(x)

@@ -23,8 +23,10 @@ from models.stepwise import DISTANCES, StageTracker, SwitchPolicy
 from runtime import cli
 from runtime.distributed import start
 from sampling.generate import generate, label_source
-from sampling.options import add_sampling_arguments, add_transport_arguments, read_guidance
+from sampling.guidance_options import read_guidance
+from sampling.options import add_sampling_arguments
 from sampling.samplers import SwitchingSampler
+from sampling.solver_options import add_transport_arguments
 from sampling.switching import ODE_METHODS, Switching, add_stage_arguments, build_switching, gmacs, read_stages
 
 ROUNDS = 4  # each solves for ratios on the trajectories of the one before: these change a little with the models used
@@ -136,7 +138,7 @@ def record(args: Namespace, switching: Switching) -> Trajectories:
         range(args.num_samples),
         labels=labels,
         seed=args.seed,
-        guidance=read_guidance(args),
+        guidance=read_guidance(args, switching.checkpoint.objective),
         batch_size=args.batch_size,
     )
     records = [batch.records for batch in batches]

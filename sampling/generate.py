@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.guidance import ClassifierFreeGuidance
+from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Guided
 from runtime.ahead import CallAhead, read_ahead
 from runtime.draws import Purpose, normals, uniforms
 from sampling.samplers import Sampler, StepNoise
@@ -47,12 +47,26 @@ class Batch:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance; channels: how many of the first latent channels are guided, None for all. interval: the noise
-    levels that are guided, None for all: see :class:`diffusion.guidance.ClassifierFreeGuidance`."""
+    """What :mod:`diffusion.guidance` does with a network.
+
+    channels: how many of the first latent channels are guided, None for all. interval: the noise levels that are guided, None
+    for all. power: of the power-cosine by which guidance grows as the noise falls; 0: the same at all levels, None: as the
+    network was published. guide: a weaker network to guide with (autoguidance), on the model's device and in eval mode; None:
+    classifier-free guidance.
+    """
 
     scale: float = 1.0
     channels: int | None = 3
     interval: tuple[float, float] | None = None
+    power: float | None = None
+    guide: nn.Module | None = None
+
+    def around(self, model: nn.Module) -> Guided:
+        """The model under this guidance. Raises ValueError for a scale, interval or power that is none."""
+        if self.guide is not None:
+            return Autoguidance(model, self.guide, self.scale, self.channels, self.interval, self.power or 0.0)
+        null_label = model.config.num_classes
+        return ClassifierFreeGuidance(model, self.scale, null_label, self.channels, self.interval, self.power)
 
 
 @torch.inference_mode()
@@ -83,7 +97,7 @@ def generate(
     config, device = model.config, next(model.parameters()).device
     shape = (config.in_channels, config.input_size, config.input_size)
     draws = _Draws(seed, shape, labels, device, batch_size if pad_last and sampler.may_be_filled else None)
-    guided = ClassifierFreeGuidance(model, guidance.scale, config.num_classes, guidance.channels, guidance.interval)
+    guided = guidance.around(model)
     previewed = set(np.linspace(1, sampler.num_steps, num_previews).round().astype(int).tolist()) if num_previews else set()
     cut = [list(image_ids[start : start + batch_size]) for start in range(0, len(image_ids), batch_size)]
     with contextlib.closing(draws.starts(cut)) as starts:

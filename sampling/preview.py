@@ -1,5 +1,6 @@
 """Grids of samples from a model in training."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from data.codec import load_codec
+from data.codec import Codec, load_codec
 from diffusion import create_diffusion
 from diffusion.transport import ODE, create_transport
 from runtime.distributed import is_first_process
 from sampling.generate import Guidance, generate
 from sampling.grids import save_grid
+from sampling.guidance_options import published_power
 from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
 
 CLASSES, PER_CLASS = 10, 4
@@ -28,11 +30,8 @@ def grid_writer(args: Namespace, config: dict) -> Callable[[nn.Module, Path, int
     """
     if not (args.sample_every and is_first_process()):
         return None
-    codec = load_codec(args.vae or config["codec"]["name"], PartialState().device)
-    channels = config["model_config"]["in_channels"]
-    if codec.latent_channels != channels:
-        raise ValueError(f"--vae {codec.name} decodes latents of {codec.latent_channels} channels, the run's have {channels}")
-    sampler = _sampler(config["objective"], args.sample_steps)
+    codec = run_codec(args, config)
+    sampler = quick_sampler(config["objective"], args.sample_steps)
     classes = range(min(config["model_config"]["num_classes"], CLASSES))
     labels = [label for label in classes for _ in range(PER_CLASS)]
 
@@ -44,7 +43,7 @@ def grid_writer(args: Namespace, config: dict) -> Callable[[nn.Module, Path, int
             range(len(labels)),
             labels=labels.__getitem__,
             seed=args.seed,
-            guidance=Guidance(args.cfg_scale),
+            guidance=Guidance(args.cfg_scale, power=published_power(config["objective"])),
         )
         images = torch.cat([batch.images for batch in batches]).numpy()
         save_grid(images, folder / "samples" / f"{step:07d}.png", PER_CLASS, [str(label) for label in classes])
@@ -52,8 +51,20 @@ def grid_writer(args: Namespace, config: dict) -> Callable[[nn.Module, Path, int
     return write
 
 
-def _sampler(objective: dict, num_steps: int) -> Sampler:
-    """The quickest that a training run's pictures need: DDIM, or Heun's method."""
+def run_codec(args: Namespace, config: dict) -> Codec:
+    """What decodes a run's latents. Raises ValueError for a codec that cannot be had or does not fit."""
+    codec = _codec(args.vae or config["codec"]["name"], PartialState().device)
+    channels = config["model_config"]["in_channels"]
+    if codec.latent_channels != channels:
+        raise ValueError(f"--vae {codec.name} decodes latents of {codec.latent_channels} channels, the run's have {channels}")
+    return codec
+
+
+_codec = functools.lru_cache(maxsize=1)(load_codec)  # grids and evaluations share one
+
+
+def quick_sampler(objective: dict, num_steps: int) -> Sampler:
+    """For a few pictures: DDIM, or Heun's method. objective: as a checkpoint states it."""
     if objective["name"] == "gaussian":
         return GaussianSampler(create_diffusion(str(num_steps)), ddim=True)
     transport = create_transport(**transport_settings(objective))

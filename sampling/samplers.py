@@ -7,12 +7,21 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, create_diffusion
+from diffusion.few_steps import SCHEMES, FewSteps, create_few_steps
+from diffusion.solvers import METHODS
 from diffusion.transport import ODE, SDE
 from diffusion.transport.likelihood import log_likelihood
+from diffusion.transport.ode import ADAPTIVE_METHODS, GRID_METHODS
+from diffusion.transport.sde import SDE_METHODS
 from models.stepwise import StepwiseNetwork
 
 StepNoise = Callable[[int], Tensor]
+GAUSSIAN_SOLVERS = ("ancestral", "ddim", *SCHEMES)
+OFFERED = {"heun2": "heun"}  # torchdiffeq's name, and the one that is shown
+WATCHABLE_SOLVERS = tuple(OFFERED.get(name, name) for name in METHODS)  # of an ODE, step by step
+ODE_SOLVERS = (*WATCHABLE_SOLVERS, *ADAPTIVE_METHODS, *GRID_METHODS)
+SDE_SOLVERS = tuple(name.lower() for name in SDE_METHODS)
 
 
 def transport_settings(objective: dict) -> dict:
@@ -34,6 +43,10 @@ class Sampler(Protocol):
     @property
     def num_solver_steps(self) -> int:
         """The same without an SDE's separate last step."""
+
+    @property
+    def num_evaluations(self) -> int | None:
+        """Network calls that a sample makes, of a network without guidance; None: it depends on the sample."""
 
     @property
     def may_be_filled(self) -> bool:
@@ -66,8 +79,13 @@ class GaussianSampler:
         return self.num_steps
 
     @property
+    def num_evaluations(self) -> int:
+        return self.num_steps
+
+    @property
     def settings(self) -> dict:
-        return {"sampler": "ddim" if self.ddim else "ancestral", "num_sampling_steps": self.num_steps, "eta": self.eta}
+        solver = "ddim" if self.ddim else "ancestral"
+        return {"sampler": "Gaussian", "solver": solver, "num_sampling_steps": self.num_steps, "eta": self.eta}
 
     def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
         kwargs = {"model_kwargs": {"y": y}, "step_noise": step_noise}
@@ -77,10 +95,47 @@ class GaussianSampler:
 
 
 @dataclass(frozen=True)
+class FewStepsSampler:
+    """Gaussian diffusion by one of the solvers of :mod:`diffusion.few_steps`."""
+
+    process: FewSteps
+    may_be_filled: ClassVar[bool] = True
+
+    @property
+    def num_steps(self) -> int:
+        return self.process.num_steps
+
+    @property
+    def num_solver_steps(self) -> int:
+        return self.num_steps
+
+    @property
+    def num_evaluations(self) -> int:
+        return len(self.process.calls)
+
+    @property
+    def settings(self) -> dict:
+        return {"sampler": "Gaussian", "solver": self.process.solver, "num_sampling_steps": self.num_steps}
+
+    def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
+        return self.process.steps(model, noise, model_kwargs={"y": y}, step_noise=step_noise)
+
+
+def gaussian_sampler(solver: str, num_steps: int) -> GaussianSampler | FewStepsSampler:
+    """solver: one of GAUSSIAN_SOLVERS. Raises ValueError for another one, and for a number of steps that it cannot take."""
+    if solver in SCHEMES:
+        return FewStepsSampler(create_few_steps(solver, num_steps))
+    if solver not in GAUSSIAN_SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(GAUSSIAN_SOLVERS)}; got {solver!r}")
+    return GaussianSampler(create_diffusion(str(num_steps)), ddim=solver == "ddim")
+
+
+@dataclass(frozen=True)
 class TransportSampler:
     """A transport's SDE, or its ODE.
 
-    likelihood: of an ODE; the last dict also holds log_likelihood (B,), in nats, of the finished latents.
+    likelihood: of an ODE; the last dict also holds log_likelihood (B,), in nats, of the finished latents, which takes network
+    calls of its own.
     """
 
     process: SDE | ODE
@@ -95,6 +150,10 @@ class TransportSampler:
         return self.process.num_steps - 1 if isinstance(self.process, SDE) else self.process.num_yields
 
     @property
+    def num_evaluations(self) -> int | None:
+        return self.process.num_evaluations
+
+    @property
     def may_be_filled(self) -> bool:
         """Not where samples share their steps, nor where each is solved by itself."""
         return not (isinstance(self.process, ODE) and (self.process.coupled or self.process.per_sample))
@@ -102,8 +161,9 @@ class TransportSampler:
     @property
     def settings(self) -> dict:
         options = {entry.name: getattr(self.process, entry.name) for entry in dataclasses.fields(self.process) if entry.init}
-        transport = options.pop("transport")
-        return {"sampler": type(self.process).__name__, **transport.describe(), **options, "likelihood": self.likelihood}
+        transport, method = options.pop("transport"), options.pop("sampling_method").lower()
+        named = {"sampler": type(self.process).__name__, "solver": OFFERED.get(method, method)}
+        return {**named, **transport.describe(), **options, "likelihood": self.likelihood}
 
     def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
         draws = {"step_noise": step_noise} if isinstance(self.process, SDE) else {}
@@ -134,6 +194,10 @@ class SwitchingSampler:
     @property
     def num_solver_steps(self) -> int:
         return self.inner.num_solver_steps
+
+    @property
+    def num_evaluations(self) -> int | None:
+        return self.inner.num_evaluations
 
     may_be_filled: ClassVar[bool] = False  # its networks meet parts of the batch, of any size
 

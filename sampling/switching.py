@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.store import PUBLISHED_SCALE
 from diffusion.transport import ODE
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.macs import multiply_accumulates
@@ -17,22 +16,18 @@ from models.stepwise import DISTANCES, StepwiseNetwork, SwitchPolicy
 from runtime.cli import ArgumentParser, positive_float, positive_int
 from runtime.distributed import check_precision, note
 from runtime.fetch import digest, fetch
-from sampling.options import CKPT_HELP, Pipeline, assemble, build_sampler, check_held, make_ready
-from sampling.samplers import SwitchingSampler
+from sampling.alike import COMMON, require_common
+from sampling.options import CKPT_HELP, Pipeline, assemble, check_held, make_ready
+from sampling.samplers import WATCHABLE_SOLVERS, SwitchingSampler
+from sampling.solver_options import build_sampler
 from sampling.writers import Table
 
 PUBLISHED_STAGES = 3
 ODE_METHODS = "euler, heun, ab2, ab3 or ab4 (default: euler)"  # those that can be watched step by step
 
-# What models that take turns must have in common, by name.
-COMMON = {
-    "objective": lambda checkpoint: checkpoint.objective["name"],
-    "path_type": lambda checkpoint: checkpoint.objective.get("path_type", "Linear"),
-    "prediction": lambda checkpoint: checkpoint.objective.get("prediction", "velocity"),
-    "codec scale": lambda checkpoint: checkpoint.codec.get("scale", PUBLISHED_SCALE),
-    "input_size": lambda checkpoint: checkpoint.config.input_size,
-    "in_channels": lambda checkpoint: checkpoint.config.in_channels,
-    "num_classes": lambda checkpoint: checkpoint.config.num_classes,
+# What models that take turns must have in common: they differ in their attention alone.
+SHARED = {
+    **COMMON,
     "size": lambda checkpoint: ", ".join(f"{name} {value}" for name, value in size(checkpoint.config).items()),
 }
 
@@ -112,15 +107,22 @@ def switching_pipeline(args: Namespace, stages: Sequence[Stage], policy: SwitchP
 def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPolicy, device: torch.device) -> Switching:
     """Raises ValueError for checkpoints that do not fit one another or the flags."""
     check_precision(args.precision, device)
+    if args.guide_ckpt:
+        raise ValueError(
+            f"--guide-ckpt {args.guide_ckpt}: models that take turns are guided by classifier-free guidance alone, which the "
+            "report of their cost counts; leave it out"
+        )
     checkpoints = [read_checkpoint(fetch(stage.path), args.weights, args.model) for stage in stages]
     for i, (checkpoint, stage) in enumerate(zip(checkpoints, stages, strict=True), start=1):
         held = getattr(checkpoint.config, "mediator_num", None)
         check_held(f"--mediator-num{i}", stage.mediator_num, held, stage.path)
-    _check_alike(checkpoints)
+    for other in checkpoints[1:]:
+        require_common(checkpoints[0], other, "models that take turns", SHARED)
     sampler = build_sampler(args, checkpoints[0], ode_method="euler")
     if isinstance(sampler.process, ODE) and not sampler.process.fixed:
         raise ValueError(
-            f"--sampling-method {args.sampling_method} cannot be watched step by step: use euler, heun or ab2 to ab4"
+            f"{'--solver' if args.solver else '--sampling-method'} {sampler.process.sampling_method} cannot be watched step by "
+            f"step: use one of {', '.join(WATCHABLE_SOLVERS)}"
         )
     models = [build_model(checkpoint, name=args.model).to(device) for checkpoint in checkpoints]
     for model in models:
@@ -131,16 +133,6 @@ def build_switching(args: Namespace, stages: Sequence[Stage], policy: SwitchPoli
         note(f"the models do not grow: a call costs {', '.join(f'{gmac:.4g}' for gmac in cost)} GMAC in the order given")
     paths = tuple(checkpoint.path for checkpoint in checkpoints)
     return Switching(checkpoints[0], paths, network, SwitchingSampler(sampler, network))
-
-
-def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    """They must be trained for the same thing on the same latents, and be of one size but for their attention."""
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        for what, of in COMMON.items():
-            a, b = of(first), of(other)
-            if a != b:
-                raise ValueError(f"{other.path} has {what} {b}, {first.path} has {a}: models that take turns must share it")
 
 
 def gmacs(network: StepwiseNetwork) -> np.ndarray:

@@ -58,7 +58,8 @@ def test_any_network_with_either_objective(latent_store, tmp_path, model, object
     steps = ["--num-sampling-steps", "4", "--num-fid-samples", "3"]
     sample_ddp.main(["--ckpt", str(path), "--sample-dir", str(tmp_path / "out"), *steps])
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["sampler"] == {"gaussian": "ancestral", "transport": "SDE"}[objective]
+    named = {"gaussian": ("Gaussian", "ancestral"), "transport": ("SDE", "euler")}
+    assert (settings["sampler"], settings["solver"]) == named[objective]
     assert np.load(tmp_path / "out" / "samples_3x16x16x3.npz")["arr_0"].shape == (3, 16, 16, 3)
 
 

@@ -40,10 +40,6 @@ class Network(nn.Module):
         self.sizes.append(len(x))
         return torch.einsum("oc,bchw->bohw", self.weight, x) + 0.01 * y.view(-1, 1, 1, 1)
 
-    def forward_with_cfg(self, x, t, y, scale, channels):
-        cond, uncond = self(x, t, y).chunk(2)
-        return torch.cat([uncond + scale * (cond - uncond)] * 2)
-
 
 def gaussian(ddim=False):
     return GaussianSampler(create_diffusion(str(NUM_STEPS)), ddim=ddim)

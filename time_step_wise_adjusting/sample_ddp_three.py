@@ -16,7 +16,8 @@ try:
     from runtime import cli
     from runtime.distributed import start
     from sampling.many import add_many_arguments, sample_many
-    from sampling.options import add_sampling_arguments, add_transport_arguments, check_held
+    from sampling.options import add_sampling_arguments, check_held
+    from sampling.solver_options import add_transport_arguments
     from sampling.switching import (
         ODE_METHODS,
         add_ratio_arguments,

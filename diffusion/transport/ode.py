@@ -16,6 +16,7 @@ from diffusion.transport.transport import Model, Transport
 # torchdiffeq's methods; its euler and heun2 are ours as well. The first group chooses its own steps.
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 GRID_METHODS = ("midpoint", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+EVALUATIONS = {"midpoint": 2, "heun3": 3, "rk4": 4}  # of a step, where they do not depend on the sample or the step
 COUPLING_METHODS = (*ADAPTIVE_METHODS, "implicit_adams", "fixed_adams")  # the last two iterate until the batch has converged
 
 
@@ -71,6 +72,14 @@ class ODE:
     def num_yields(self) -> int:
         """How many dicts :meth:`steps` yields."""
         return self.num_steps - 1 if self.fixed else 1
+
+    @property
+    def num_evaluations(self) -> int | None:
+        """Network calls of a sample; None where they depend on it, or torchdiffeq does not say."""
+        if self.fixed:
+            return solvers.num_evaluations(self.sampling_method, self.num_steps - 1)
+        calls = EVALUATIONS.get(self.sampling_method)
+        return calls and calls * (self.num_steps - 1)
 
     def steps(self, model: Model, noise: Tensor, *, model_kwargs: dict | None = None) -> Iterator[dict[str, Tensor]]:
         """Yield the sample after every step and the prediction of x_data that the step started from (pred_xstart).

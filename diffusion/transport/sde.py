@@ -97,6 +97,11 @@ class SDE:
         """How many dicts :meth:`steps` yields: one a solver step, and one for the last step."""
         return self.num_steps - 1 + (self.last_step is not None)
 
+    @property
+    def num_evaluations(self) -> int:
+        """Network calls of a sample."""
+        return (2 if self.sampling_method == "Heun" else 1) * (self.num_steps - 1) + (self.last_step is not None)
+
     def diffusion(self, t: Tensor) -> Tensor:
         """w(t), like t."""
         return DIFFUSION_FORMS[self.diffusion_form](self.transport.path, t, self.diffusion_norm)
