@@ -26,7 +26,7 @@ def check_pair(ref: str, samples: str) -> tuple[tuple[int, ...] | None, tuple[in
     Raises ValueError, saying what is there and how to mend it, for anything but batches of uint8 NHWC images in this order.
     """
     ref_keys, samples_keys = set(npz_keys(ref)), set(npz_keys(samples))
-    ref_shape = None if "arr_0" not in ref_keys and {"mu", "sigma"} <= ref_keys else _image_shape(ref)
+    ref_shape = reference_shape(ref)
     if "arr_0" not in samples_keys and "mu" in samples_keys:
         raise ValueError(f"{samples} holds statistics and no images: are REF and SAMPLES swapped? The reference comes first")
     if "mu" in samples_keys and "mu" not in ref_keys:
@@ -43,6 +43,12 @@ def check_pair(ref: str, samples: str) -> tuple[tuple[int, ...] | None, tuple[in
             f"{samples_shape[2]}: published figures compare images of one size"
         )
     return ref_shape, samples_shape
+
+
+def reference_shape(path: str) -> tuple[int, ...] | None:
+    """Shape (N, H, W, 3) of a reference's images, None where it holds statistics only. Raises ValueError for another file."""
+    keys = set(npz_keys(path))
+    return None if "arr_0" not in keys and {"mu", "sigma"} <= keys else _image_shape(path)
 
 
 def _image_shape(path: str) -> tuple[int, ...]:

@@ -41,8 +41,12 @@ def load_samples(path: str, rows: Sequence[int], extractor: Extractor, batch_siz
     extracted = extract(path, rows, extractor, batch_size, state)
     if extracted is None:
         return None
-    features, constant = extracted
-    return _complete(Side(path, len(rows), features, {}, constant), carried={})
+    return _complete(side_of(path, *extracted), carried={})
+
+
+def side_of(path: str, features: Features, constant: Sequence[int]) -> Side:
+    """The generated images whose features these are, called ``path`` in messages, with statistics of every layer."""
+    return _with_statistics(Side(path, len(features.pool), features, {}, constant))
 
 
 def load_reference(
@@ -88,6 +92,10 @@ def _complete(side: Side, carried: Statistics) -> Side:
         )
     if "pool" not in carried:
         note_small_set(side.path, *side.features.pool.shape)
+    return _with_statistics(side)
+
+
+def _with_statistics(side: Side) -> Side:
     layers = {layer: getattr(side.features, layer) for layer in STATISTICS if layer not in side.statistics}
     computed = {layer: mean_covariance(values) for layer, values in layers.items() if values is not None}
     return replace(side, statistics=side.statistics | computed)
@@ -112,24 +120,39 @@ def extract(
     """
     starts = my_share(range(0, len(rows), batch_size), state)
     mine = rows[starts[0] : starts[-1] + batch_size] if starts else []
-    layers: dict[str, np.ndarray] = {}
-    constant: list[int] = []
+    found = FeatureRows(len(mine))
     shown = state.is_main_process and len(mine) > 0
     progress = tqdm(total=len(mine), desc=os.path.basename(path), unit=" images", disable=not shown, file=sys.stderr)
-    done = 0
     with together(), progress:
-        batches = read_batches(path, "arr_0", batch_size, mine)
+        batches = read_ahead(read_batches(path, "arr_0", batch_size, mine))
         for values, of_one_colour in extract_batches(batches, mine, lambda row: f"{path}: image {row}", extractor, progress):
-            stop = done + len(values["pool"])
-            for layer, rows_of_layer in values.items():
-                if layer not in layers:
-                    layers[layer] = np.empty((len(mine), *rows_of_layer.shape[1:]), np.float32)
-                layers[layer][done:stop] = rows_of_layer
-            constant += of_one_colour
-            done = stop
-    gathered = {layer: gather_rows(layers.pop(layer, None), state) for layer in LAYERS}
-    constant = gather_object(constant)
-    return (Features(**gathered), constant) if state.is_main_process else None
+            found.add(values, of_one_colour)
+    return found.gather(state)
+
+
+class FeatureRows:
+    """The features of this process's images, as they come; count: how many images there will be."""
+
+    def __init__(self, count: int):
+        self._count, self._done = count, 0
+        self._layers: dict[str, np.ndarray] = {}
+        self._constant: list[int] = []
+
+    def add(self, layers: dict[str, np.ndarray], constant: Sequence[int]) -> None:
+        """What :func:`extract_batches` yields of the next images."""
+        stop = self._done + len(layers["pool"])
+        for layer, rows in layers.items():
+            if layer not in self._layers:
+                self._layers[layer] = np.empty((self._count, *rows.shape[1:]), np.float32)
+            self._layers[layer][self._done : stop] = rows
+        self._constant += constant
+        self._done = stop
+
+    def gather(self, state: PartialState) -> tuple[Features, list[int]] | None:
+        """Those of all processes, in their order, on the main process; None on others. Called once, by all."""
+        gathered = {layer: gather_rows(self._layers.pop(layer, None), state) for layer in LAYERS}
+        constant = gather_object(self._constant)
+        return (Features(**gathered), constant) if state.is_main_process else None
 
 
 def extract_batches(
@@ -141,7 +164,7 @@ def extract_batches(
     image with a non-finite feature.
     """
     done = 0
-    for images in read_ahead(batches):
+    for images in batches:
         here = positions[done : done + len(images)]
         layers = {layer: values for layer, values in vars(extractor(images)).items() if values is not None}
         for layer, values in layers.items():

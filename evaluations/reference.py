@@ -30,6 +30,7 @@ try:
     from evaluations.features import Extractor, add_features_arguments, load_extractor
     from evaluations.metrics import Moments
     from runtime import cli, draws
+    from runtime.ahead import read_ahead
     from runtime.distributed import gather_rows, leave_group, my_share, note, start, together
     from runtime.files import check_writable
 except ModuleNotFoundError as error:
@@ -126,7 +127,7 @@ def measure(images: Images, extractor: Extractor, batch_size: int, state: Partia
     moments, constant = {layer: Moments() for layer in STATISTICS}, []
     progress = tqdm(total=len(mine), unit=" images", disable=not state.is_main_process, file=sys.stderr)
     with together(), progress:
-        read = (images.read(positions) for positions in batches(mine, batch_size))
+        read = read_ahead(images.read(positions) for positions in batches(mine, batch_size))
         for values, of_one_colour in extract_batches(read, mine, images.name, extractor, progress):
             for layer in moments.keys() & values.keys():
                 moments[layer].update(values[layer])

@@ -18,6 +18,7 @@ from training.data import Batch, MaskPlace
 from training.ema import EMA
 from training.objective import Objective
 from training.optim import create_optimizer
+from training.profiles import Profiles
 from training.step import TrainingStep
 
 MOST_OF_MEMORY = 0.9  # the rest: communication, fragments, whoever else is on the device
@@ -105,16 +106,16 @@ def trial_step(
     """
 
     @functools.cache
-    def copies() -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
+    def copies() -> tuple[nn.Module, EMA, torch.optim.Optimizer, Profiles]:
         """Made in the first step: where memory does not even suffice for them, not one image fits."""
         trained = copy.deepcopy(network).to(accelerator.device).train()
         if args.gradient_checkpointing:
             recompute_blocks(trained)
         optimizer = create_optimizer(args.optimizer, trained.parameters(), args.init_lr, args.weight_decay)
-        return trained, EMA(trained, args.ema_decay), optimizer
+        return trained, EMA(trained, args.ema_decay), optimizer, Profiles(trained, args.ema_profiles or ())
 
     def step(size: int) -> None:
-        trained, ema, optimizer = copies()
+        trained, ema, optimizer, profiles = copies()
         predict = convert_outputs_to_fp32(accelerator.autocast()(trained.__call__))
         mathematics, sampler = objective.mathematics, objective.timestep_sampler
         whole = TrainingStep(accelerator, predict, optimizer, ema, mathematics, sampler, args.seed, size, range(size), size)
@@ -128,6 +129,7 @@ def trial_step(
                 accelerator.backward(losses.mean())
                 optimizer.step()
                 ema.update()
+                profiles.update(1)
         finally:
             optimizer.zero_grad(set_to_none=True)
 

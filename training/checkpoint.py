@@ -15,6 +15,7 @@ from data.npz import DAMAGE
 from models.checkpoints import read_file
 from models.checkpoints.files import SHARDED_FACTS
 from runtime.files import remove_temporaries, save_atomic
+from training.profiles import FOLDER, snapshot_files
 from training.shards import check_files, is_sharded, read_facts
 
 LATEST, METRICS = "latest", "metrics.jsonl"
@@ -94,7 +95,8 @@ def _remove(path: Path) -> None:
 
 def set_newer_aside(run_folder: Path, step: int) -> list[Path]:
     """Going on from an older checkpoint: later ones are renamed ``<step>.pt.set-aside``, so that they are neither continued
-    from nor counted, and the log that belongs to them is copied. Returns them."""
+    from nor counted, and so are their snapshots; the log that belongs to them is copied. Returns the checkpoints. Snapshots
+    later than the newest checkpoint, of steps that are made again, are removed."""
     newer = [path for path in checkpoint_files(run_folder) if int(path.stem) > step]
     for path in newer:
         path.rename(_free_name(path, ".set-aside"))
@@ -103,6 +105,11 @@ def set_newer_aside(run_folder: Path, step: int) -> list[Path]:
         log = run_folder / METRICS
         if log.exists():
             shutil.copyfile(log, _free_name(log, ".set-aside"))
+    for path in [path for made, path in snapshot_files(run_folder) if made > step]:
+        if newer:
+            path.rename(_free_name(path, ".set-aside"))
+        else:
+            path.unlink()
     return newer
 
 
@@ -210,7 +217,8 @@ def _check_archive(path: Path) -> None:
 
 def remove_leftovers(run_folder: Path) -> None:
     """What a killed process left half written. Only for the owner of the folder."""
-    remove_temporaries(run_folder)
+    for folder in (run_folder, run_folder / FOLDER):
+        remove_temporaries(folder)
     for path in (run_folder / "checkpoints").glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

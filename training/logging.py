@@ -104,6 +104,28 @@ class RunLog:
         self.bar.set_postfix_str(f"{images_per_second:.0f} images/s")
         self.message(f"step {step:7d}  {values}  {images_per_second:.0f} images/s")
 
+    def evaluated(self, step: int, scores: dict[str, float], features: str, seconds: float) -> None:
+        """scores: by the evaluator's keys. features: what the images were compared by. seconds: of the evaluation, which are
+        none of the training's. Redraws ``evaluation.png``."""
+        began = time.perf_counter()
+        if self.accelerator.is_main_process:
+            self._report(step, scores, features, seconds)
+        self._began += seconds + time.perf_counter() - began
+
+    def _report(self, step: int, scores: dict[str, float], features: str, seconds: float) -> None:
+        named = {f"eval/{name}": value for name, value in scores.items()}
+        record = {"step": step, **named, "eval/features": features}
+        self.history.append(record)
+        append_line(self.folder / METRICS, json.dumps(record))
+        self._tell_trackers(step, {**named, "eval/seconds": seconds})
+        values = "  ".join(f"{name} {value:.4g}" for name, value in named.items())
+        self.message(f"step {step:7d}  {values}  ({features}, {seconds:.0f} s)")
+        draw_evaluations(self.history, self.folder / "evaluation.png")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Known on the main process only."""
+        return any(record["step"] == step and "eval/features" in record for record in self.history)
+
     def _tell_trackers(self, step: int, values: dict[str, float]) -> None:
         """One that its disk refuses is given up: its lines are in ``metrics.jsonl`` as well."""
         for tracker in list(self.accelerator.trackers):
@@ -143,6 +165,22 @@ def _keep_until(path: Path, step: int) -> list[dict]:
         with atomic_file(path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
     return records
+
+
+def draw_evaluations(history: list[dict], path: Path) -> None:
+    """The Frechet distance of the run's evaluations against the step, logarithmic."""
+    from matplotlib.figure import Figure
+
+    records = [record for record in history if record.get("eval/fid", 0) > 0]
+    if not records:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([record["step"] for record in records], [record["eval/fid"] for record in records], marker=".")
+    axes.set(xlabel="step", ylabel=f"Frechet distance ({records[-1]['eval/features']})", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def draw_loss(history: list[dict], path: Path) -> None:

@@ -1,11 +1,14 @@
-"""The loop around the training step: schedule, logs, checkpoints, sample grids, and when to leave it."""
+"""The loop around the training step: schedule, logs, checkpoints, evaluations, sample grids, and when to leave it."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion
@@ -16,20 +19,31 @@ from training.data import Batches
 from training.logging import RunLog
 from training.optim import linear_lr
 from training.placement import Replicated, Sharded
+from training.profiles import Profiles
 from training.sharding import local
 from training.step import PARTS, Outcome, TrainingStep
 
 DRAWS_OF_LOSS = 10  # loss.png is redrawn at every tenth log line
 
 
+class Evaluate(Protocol):
+    """See :class:`training.evaluation.Evaluation`."""
+
+    features: str
+
+    def __call__(self, average: nn.Module, leave: Callable[[], bool]) -> dict[str, float] | None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Numbers of steps; 0 for sample_every: never."""
+    """Numbers of steps; 0 for sample_every and eval_every: never."""
 
     max_steps: int
     log_every: int
     ckpt_every: int
     sample_every: int
+    eval_every: int
+    ema_profile_every: int
     keep_checkpoints: int  # 0 keeps all
     max_skipped_steps: int  # in a row
     init_lr: float
@@ -41,7 +55,8 @@ class Run:
     """A training run in its results folder: where it stands, and how that is saved.
 
     step: steps done. skipped, skipped_in_a_row: those of them that changed nothing. facts: entries every checkpoint carries
-    unchanged (args, config, data). sample: draws a grid of samples of (average, folder, step); only the main process has one.
+    unchanged (args, config, data). sample: draws a grid of samples of (average, folder, step); only the main process has one,
+    and only it has profiles. evaluate: measures samples of an average (training.evaluation); all processes have one, or none.
     """
 
     def __init__(
@@ -53,9 +68,11 @@ class Run:
         folder: Path,
         facts: dict,
         sample: Callable[[nn.Module, Path, int], None] | None = None,
+        evaluate: Evaluate | None = None,
+        profiles: Profiles | None = None,
     ):
         self.placement, self.train_step, self.batches, self.schedule = placement, train_step, batches, schedule
-        self.folder, self.facts = folder, facts
+        self.folder, self.facts, self.evaluate, self.profiles = folder, facts, evaluate, profiles
         self.accelerator, self.sample = train_step.accelerator, sample
         self.step = self.skipped = self.skipped_in_a_row = 0
         # The parts of the loss, summed over this process's samples since the last log line, and the steps that went into them.
@@ -91,10 +108,15 @@ class Run:
 
     def _train(self, stop: StopRequest, log: RunLog) -> None:
         schedule = self.schedule
+        if self._evaluation_is_missing(log) and not self._evaluate(stop, log):
+            self._say_how_to_go_on(log, stop.reason or "another process")
+            return
         for step, batch in self.batches.ahead(self.step, schedule.max_steps, self.accelerator.device):
             lr = linear_lr(step, schedule.init_lr, schedule.final_lr, schedule.lr_decay_steps)
             outcome = self.train_step(step, batch, lr, leave=lambda: stop.reason is not None)
             self.step = step + 1
+            if self.profiles:
+                self.profiles.update(self.step)
             self._count(outcome, log)
             is_last = self.step == schedule.max_steps
             if is_last or self.step % schedule.log_every == 0:
@@ -102,16 +124,45 @@ class Run:
                 self.sums, self.summed_steps = torch.zeros_like(self.sums), 0
                 if is_last or self.step % (schedule.log_every * DRAWS_OF_LOSS) == 0:
                     log.draw()
+            if self.profiles and (is_last or self.step % schedule.ema_profile_every == 0):
+                self.profiles.save(self.folder, self.step, self.facts["config"])
             # Not amid skipped steps: the newest checkpoint stays the last one from before them.
-            if is_last or outcome.leave or (self.step % schedule.ckpt_every == 0 and not self.skipped_in_a_row):
+            saves = is_last or outcome.leave or (self.step % schedule.ckpt_every == 0 and not self.skipped_in_a_row)
+            if saves:
+                self._save()
+            evaluates = self._evaluation_is_due()
+            leaves = outcome.leave or (evaluates and not self._evaluate(stop, log))
+            if leaves and not saves:
                 self._save()
             if self.sample and schedule.sample_every and self.step % schedule.sample_every == 0:
                 self.sample(self.train_step.ema.model, self.folder, self.step)
-            if outcome.leave and not is_last:
+            if leaves and (evaluates or not is_last):
                 self._say_how_to_go_on(log, stop.reason or "another process")
                 break
         else:
             log.message(f"done: {self.step} steps, {self.folder}")
+
+    def _evaluation_is_due(self) -> bool:
+        """After the last step always, so that a run ends with one."""
+        every = self.schedule.eval_every
+        return bool(self.evaluate and self.step) and (self.step % every == 0 or self.step == self.schedule.max_steps)
+
+    def _evaluation_is_missing(self, log: RunLog) -> bool:
+        """Whether a run that goes on was left before the evaluation of its step was done."""
+        return self._evaluation_is_due() and not broadcast_object_list([log.has_evaluation(self.step)])[0]
+
+    def _evaluate(self, stop: StopRequest, log: RunLog) -> bool:
+        """Whether it was not left for a request to stop. One that fails is told of, and the training goes on: it is as good as
+        before."""
+        began = time.perf_counter()
+        try:
+            scores = self.evaluate(self.train_step.ema.model, lambda: stop.reason is not None)
+        except ValueError as error:
+            log.message(f"step {self.step:7d}  not evaluated: {error}")
+            return True
+        if scores is not None:
+            log.evaluated(self.step, scores, self.evaluate.features, time.perf_counter() - began)
+        return scores is not None
 
     def _count(self, outcome: Outcome, log: RunLog) -> None:
         log.step_done(self.train_step.global_batch_size)
@@ -160,6 +211,7 @@ class Run:
         if broken:
             self._stop(f"the weights are not finite after step {self.step}")
         scaler = self.accelerator.scaler
+        profiles = {"profiles": self.profiles.state_dict()} if self.profiles else {}
         state = {
             "model": self.placement.network.state_dict(),
             "ema": self.placement.ema.state_dict(),
@@ -171,6 +223,7 @@ class Run:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "step": self.step,
+            **profiles,
             **self.facts,
         }
         self.placement.save(state, self.folder, self.step, self.schedule.keep_checkpoints)

@@ -19,8 +19,10 @@ from runtime.cli import (
 )
 from runtime.redact import redact
 from runtime.stopping import duration
+from training.evaluation import add_evaluation_arguments, check_evaluation_arguments
 from training.objective import add_objective_arguments, resolve_objective
 from training.optim import OPTIMIZERS
+from training.profiles import sigma_rels
 
 
 def time_limit(text: str) -> float:
@@ -49,6 +51,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     _add_recipe_arguments(parser)
     add_objective_arguments(parser)
     _add_report_arguments(parser)
+    add_evaluation_arguments(parser)
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:
@@ -97,7 +100,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         default=0,
         metavar="auto|IMAGES",
         help="images a process puts through the network at once, to save memory; 0 = its whole share; auto = as many as a CUDA "
-        "GPU's memory takes beside the step (not beside images being encoded, or --sample-every); same gradients",
+        "GPU's memory takes beside the step (not beside images being encoded, --sample-every or --eval-every); same gradients",
     )
 
 
@@ -117,6 +120,16 @@ def _add_recipe_arguments(parser: ArgumentParser) -> None:
         help="steps whose loss or gradient is not finite change nothing; after so many in a row the run stops",
     )
     recipe.add_argument("--ema-decay", type=number(float, 0.0, 0.999999), default=0.9999)
+    recipe.add_argument(
+        "--ema-profiles",
+        type=sigma_rels,
+        metavar="LENGTH[,LENGTH...]",
+        help="also keep power-function averages of these lengths, as shares of the training (0.05,0.10), and store snapshots "
+        "of them, from which python -m training.posthoc_ema makes an average of any length (docs/posthoc_ema.md)",
+    )
+    recipe.add_argument(
+        "--ema-profile-every", type=positive_int, metavar="STEPS", help="between these snapshots (default: a checkpoint's)"
+    )
     recipe.add_argument("--label-dropout", type=probability, default=0.1, help="probability of training without the label")
     recipe.add_argument("--masked", action=BooleanFlag, help="also predict from masked tokens in every step (EDT, MDTv2)")
 
@@ -167,6 +180,11 @@ def parse_training_arguments(parser: ArgumentParser, argv: Sequence[str] | None)
             "--fsdp leaves no process with a whole model to draw samples from: leave --sample-every out, and sample a "
             "checkpoint that python -m training.consolidate made one file of"
         )
+    if args.ema_profile_every and not args.ema_profiles:
+        parser.error(f"--ema-profile-every {args.ema_profile_every} stores averages of --ema-profiles: add it, as 0.05,0.10")
+    if args.fsdp and args.ema_profiles:
+        parser.error("--fsdp leaves no process with a whole model to average: leave --ema-profiles out")
+    check_evaluation_arguments(parser, args)
     if args.fsdp and args.precision == "fp16":
         parser.error("--fsdp has no loss scaling: use --precision bf16 or fp32")
     if args.fsdp and args.micro_batch_size == "auto":

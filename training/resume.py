@@ -13,7 +13,7 @@ from training.checkpoint import read_content, whole_checkpoint
 from training.shards import is_sharded
 
 # What the shape of a run's state depends on beside the network: these cannot change.
-STATE_FLAGS = ("masked", "optimizer", "objective", "timestep_sampler")
+STATE_FLAGS = ("masked", "optimizer", "objective", "timestep_sampler", "ema_profiles")
 # What its result depends on besides: these change with --allow-changed. The number of processes, --micro-batch-size and
 # --compile, --fsdp and --gradient-checkpointing only move the order of sums.
 RESULT_FLAGS = (

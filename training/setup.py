@@ -30,10 +30,12 @@ from runtime.stopping import StopRequest
 from training.autobatch import check_auto, choose_micro_batch_size
 from training.checkpoint import new_run_folder, remove_leftovers, run_folder_of
 from training.data import Batches, DataOrder
+from training.evaluation import open_evaluation
 from training.logging import open_trackers
 from training.loop import Run, Schedule
 from training.objective import Objective, create_objective
 from training.placement import Replicated, Sharded
+from training.profiles import Profiles
 from training.resume import read_state
 from training.shards import is_sharded
 from training.step import TrainingStep
@@ -89,6 +91,7 @@ def prepare_run(
     facts = _facts(args, model, source, objective)
     with together():
         sample = grid_writer(args, facts["config"])
+    evaluate = open_evaluation(args, facts["config"], state)
     path, found = _resumed(args, facts, state, held)
     if found:
         folder = path.parent.parent
@@ -109,15 +112,19 @@ def prepare_run(
         folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     _start_trackers(accelerator, folder, args, found["step"] if found else None)
     placement = (Sharded if args.fsdp else Replicated)(args, model, accelerator)
+    profiles = Profiles(placement.network, args.ema_profiles) if args.ema_profiles and state.is_main_process else None
     if found:
         found = placement.load(found, path)
+        with together():
+            if profiles:
+                profiles.load(found.get("profiles") or {}, path)
 
     order = DataOrder(source.num_images, batch, args.seed)
     train_step = _training_step(args, placement, objective, share, micro_batch_size)
     batches = Batches(
         source, order, share, null_label=num_classes, label_dropout=args.label_dropout, mask_places=mask_places
     )  # fmt: skip
-    run = Run(placement, train_step, batches, _schedule(args, order), folder, facts, sample)
+    run = Run(placement, train_step, batches, _schedule(args, order), folder, facts, sample, evaluate, profiles)
     if found:
         run.restore(found)
     return run
@@ -302,11 +309,14 @@ def _start_trackers(accelerator: Accelerator, folder: Path, args: Namespace, res
 
 def _schedule(args: Namespace, order: DataOrder) -> Schedule:
     steps = order.num_steps(args.epochs)
+    ckpt_every = order.num_steps(args.epoch_ckpt_every) if args.epoch_ckpt_every else args.ckpt_every
     return Schedule(
         max_steps=min(steps, args.max_steps or steps),
         log_every=args.log_every,
-        ckpt_every=order.num_steps(args.epoch_ckpt_every) if args.epoch_ckpt_every else args.ckpt_every,
+        ckpt_every=ckpt_every,
         sample_every=args.sample_every,
+        eval_every=args.eval_every,
+        ema_profile_every=args.ema_profile_every or ckpt_every,
         keep_checkpoints=args.keep_checkpoints,
         max_skipped_steps=args.max_skipped_steps,
         init_lr=args.init_lr,
