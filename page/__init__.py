@@ -1,0 +1,1 @@
+"""The page of app.py: pictures of two settings side by side, in a browser."""
