@@ -1,5 +1,5 @@
-# make demo | demo-mediators | demo-compare | test | test-tf | test-cuda | soak | lint | bench | bench-more | demo-clean | clean. Needs Python
-# 3.11, git and make; everything else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
+# make demo | demo-mediators | demo-compare | demo-steps | test | test-tf | test-cuda | soak | lint | bench | bench-more | demo-clean
+# | clean. Needs Python 3.11, git and make; everything else goes into .venv, and TensorFlow, which only test-tf needs, into .venv-tf.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TF_BIN := .venv-tf/bin
@@ -8,7 +8,7 @@ D := demo_output
 PROCESSES = $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count() or 2; print(2 ** (n.bit_length() - 1))")
 TORCHRUN = $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: demo demo-mediators demo-compare test test-tf test-cuda soak lint bench bench-more demo-clean clean
+.PHONY: demo demo-mediators demo-compare demo-steps test test-tf test-cuda soak lint bench bench-more demo-clean clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt pyproject.toml
@@ -165,6 +165,22 @@ $(COMPARED:%=$(D)/sampled_%): $(D)/sampled_%: | $(D)/trained_%
 	for ckpt in $(D)/compare/$*/*/checkpoints/*.pt; do \
 		$(TORCHRUN) sample_ddp.py --ckpt $$ckpt --num-fid-samples 500 --num-sampling-steps $(COMPARE_CALLS) --no-png \
 			--per-proc-batch-size 250 --labels balanced --sample-dir $(D)/compare/$*/samples/$$(basename $$ckpt .pt) || exit 1; done
+	touch $@
+
+# Few steps: every solver and guidance on the first demo's network, and the ODE's solvers on one trained as a transport, each with
+# several numbers of network calls and three seeds. The weaker network of autoguidance is the first one halfway through its training.
+TRANSPORT_CKPT := $(D)/edt_transport/*-EDT-Ti-2/checkpoints/latest
+GUIDE_CKPT := $(D)/runs/*-EDT-Ti-2/checkpoints/0001000.pt
+
+demo-steps: | $(D)/trained $(D)/trained_transport
+	$(TORCHRUN) -m examples.steps measure --data $(D)/digits --ckpt $(CKPT) --guide-ckpt $(GUIDE_CKPT) \
+		--transport-ckpt $(TRANSPORT_CKPT) --out $(D)/steps
+	$(BIN)/python -m examples.steps report --measured $(D)/steps --out $(D)
+
+$(D)/trained_transport: | $(D)/extracted
+	$(TORCHRUN) train_mask_adan.py --model EDT-Ti/2 --objective transport --feature-path $(D)/features \
+		--results-dir $(D)/edt_transport --resume auto --epochs 10000 --max-steps 1500 --global-batch-size 32 --init-lr 5e-3 \
+		--final-lr 1e-4 --lr-decay-steps 1500 --ema-decay 0.995 --log-every 100 --ckpt-every 500
 	touch $@
 
 demo-clean:
