@@ -84,9 +84,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
     """:func:`attend`, with scores and probabilities in memory. factor (N, N_keys): multiplies the probabilities."""
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    probabilities = softmax(scores if bias is None else scores.add_(bias))
+    probabilities = attention_probabilities(q, k, bias)
     return (probabilities if factor is None else probabilities * factor) @ v
+
+
+def attention_probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias), (B, H, N, N_keys); arguments as of :func:`attend`."""
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return softmax(scores if bias is None else scores.add_(bias))
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -208,12 +213,16 @@ class Attention(BiasedAttention):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned; it is an argument so that a compiled block
         contains neither the cache nor its test."""
-        B, N, D = x.shape
+        q, k, v, bias = self.operands(x, bias)
+        out = self._modulated(q, k, v, bias) if self.amm_is_active else attend(q, k, v, bias)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def operands(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What :meth:`forward` computes attention from: q, k, v, each (B, H, N, D/H), and the expanded bias."""
+        B, N, _ = x.shape
         parts = self.qkv(x).chunk(3, dim=2)
-        q, k, v = (part.view(B, N, self.num_heads, -1).transpose(1, 2) for part in parts)  # each (B, H, N, D/H)
-        bias = self._expanded(bias)
-        x = self._modulated(q, k, v, bias) if self.amm_is_active else attend(q, k, v, bias)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        q, k, v = (part.view(B, N, self.num_heads, -1).transpose(1, 2) for part in parts)
+        return q, k, v, self._expanded(bias)
 
     def _modulated(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """:func:`attend` with AMM."""

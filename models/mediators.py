@@ -66,15 +66,19 @@ class MediatorAttention(BiasedAttention):
 
     def forward(self, x: Tensor, bias: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, N, D) -> (B, N, D). bias: what :meth:`score_bias` returned."""
+        q, mediators, k, v, gather_bias, read_bias = self.operands(x, bias)
+        values = attend(mediators, k, self._heads(v), gather_bias)  # (B, H, M, D/H)
+        out = attend(q, mediators, values, read_bias).transpose(1, 2).flatten(2)
+        return self.proj(_tokens(self.dwc(self._image(v))).add_(out))
+
+    def operands(self, x: Tensor, bias: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of :meth:`forward`'s arguments: q (B, H, N, D/H), the mediators (B, H, M, D/H), k as q, v (B, N, D), and the expanded
+        biases."""
         # Three products in place of one, so that v is dense: the convolution would copy a slice.
         q, k, v = (
             F.linear(x, w, b) for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
         )  # (B, N, D)
-        gather_bias, read_bias = self._expanded(bias)
-        mediators = self._heads(self._pool(q))  # (B, H, M, D/H)
-        values = attend(mediators, self._heads(k), self._heads(v), gather_bias)  # (B, H, M, D/H)
-        out = attend(self._heads(q), mediators, values, read_bias).transpose(1, 2).flatten(2)
-        return self.proj(_tokens(self.dwc(self._image(v))).add_(out))
+        return self._heads(q), self._heads(self._pool(q)), self._heads(k), v, *self._expanded(bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, H, L, D/H)."""

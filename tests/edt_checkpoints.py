@@ -16,8 +16,8 @@ def random_edt(seed: int = 0, **settings) -> EDT:
     return perturb(create_model("EDT-Ti/2", **settings), 0.02)
 
 
-def random_checkpoint(path: Path) -> Path:
-    model = random_edt()
+def random_checkpoint(path: Path, seed: int = 0) -> Path:
+    model = random_edt(seed)
     config = describe("EDT-Ti/2", model.config, codec={"name": "pixels", "scale": 1.0, "image_size": 16}, class_names=())
     torch.save({"model": model.state_dict(), "ema": model.state_dict(), "config": config, "step": 1}, path)
     return path
