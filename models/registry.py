@@ -66,8 +66,9 @@ class Family:
     """What differs between the kinds of network, by the type of their configs."""
 
     network: type[nn.Module]
-    is_state: Callable[[dict], bool]
-    config_from_state: Callable[[dict], object]
+    # To know weights that come without their config, as published files do, by keys and shapes; None: they are not known.
+    is_state: Callable[[dict], bool] | None = None
+    config_from_state: Callable[[dict], object] | None = None
     size_fields: tuple[str, ...] = ("depth", "width", "patch_size")  # what makes a registered model another than the next
     objective: str = "gaussian"  # what published checkpoints were trained for
     other_resolution: str = STAYS  # what to do about a checkpoint of another resolution

@@ -92,6 +92,7 @@ BASES = {
     "benchmarks.evaluator": ("--quick",),
     "examples.digits": (f"prepare {HERE}/digits", f"report --data {HERE} --samples a --samples-amm b --run c --out {HERE}/d"),
     "examples.switching": (f"--data {HERE} --samples a --samples-last b --switch-steps c --ckpts d --out {HERE}/e",),
+    "examples.steps": (f"report --measured {HERE}/steps --out {HERE}/e",),
     "examples.compare": ("steps --model EDT-Ti/2 --batch-size 4 --budget-gmac 5", f"report --data a --runs b --out {HERE}/c"),
 }
 PARSED_ONLY = ("benchmarks.", "examples.")

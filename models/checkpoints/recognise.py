@@ -24,7 +24,7 @@ def recognise(state: dict[str, Tensor], path: Path, *, model: str | None = None,
     ValueError with the path for weights of no model known here, for shapes that fit none, where nothing tells the two apart,
     and where weights and names contradict one another.
     """
-    candidates = [kind for kind, family in FAMILIES.items() if family.is_state(state)]
+    candidates = [kind for kind, family in FAMILIES.items() if family.is_state and family.is_state(state)]
     if not candidates:
         some = ", ".join([*map(str, state)][:3])
         raise ValueError(f"{path} holds weights of no model known here, as {some}: the models are {_families(FAMILIES)}")
