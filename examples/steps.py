@@ -11,24 +11,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+from scipy.stats import t as student
 from torch import nn
 
 from examples.digits import HELD_OUT, Judge, flatten
 from models.checkpoints import Checkpoint, read_checkpoint
 from models.macs import multiply_accumulates
 from runtime import cli
-from runtime.distributed import start
-from runtime.files import atomic_file, write_json
+from runtime.distributed import start, together
+from runtime.fetch import digest
+from runtime.figures import save_figure
+from runtime.files import write_json
 from sampling.generate import generate
 from sampling.options import add_sampling_arguments, build_pipeline
 from sampling.solver_options import add_transport_arguments, build_sampler
 
 SEEDS = (0, 1, 2)
-STUDENT = 4.303  # 95 % of the t distribution with two degrees of freedom lie within
-CALLS = (6, 12, 24)
+FACTS = "settings.json"  # what the figures in a folder are of
+CALLS = (5, 8, 12, 24)
+# Each with the part of its axis that is drawn: few-step failures lie far outside.
 FIGURES = (
-    ("label_agreement", "samples the classifier reads as their label", "linear"),
-    ("frechet_ratio", "Frechet distance / that of real images", "log"),
+    ("label_agreement", "samples the classifier reads as their label", (0.84, 1.01)),
+    ("frechet_ratio", "Frechet distance / that of real images", (1.0, 3.0)),
 )
 GAUSSIAN, TRANSPORT, GUIDANCE = "Gaussian diffusion", "transport", "guidance, by dpm++2m"
 SOLVERS = {
@@ -38,7 +45,7 @@ SOLVERS = {
 # The published protocol of Gaussian models, and the transports' with fewer than its 250 calls.
 REFERENCES = {GAUSSIAN: ("ancestral", ("--solver", "ancestral"), 250), TRANSPORT: ("SDE", ("--mode", "SDE"), 100)}
 GUIDED_SOLVER = "dpm++2m"
-GUIDED_EVALUATIONS = (6, 12)
+GUIDED_EVALUATIONS = (5, 12)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Setting:
 
 
 def all_settings(guide: Path) -> list[Setting]:
-    """guide: the weaker checkpoint of autoguidance. The scales are those that did best in a trial under another seed."""
+    """guide: the weaker checkpoint of autoguidance. The scales did best, by these figures, in a trial under another seed."""
     found = [Setting(panel, name, flags, calls) for panel, (name, flags, calls) in REFERENCES.items()]
     for panel, names in SOLVERS.items():
         found += [Setting(panel, name, ("--solver", name), calls) for name in names for calls in CALLS]
@@ -86,14 +93,17 @@ def read_flags(flags: Sequence[str]) -> argparse.Namespace:
 
 def steps_within(flags: Sequence[str], checkpoint: Checkpoint, evaluations: int) -> int:
     """The largest --num-sampling-steps that makes at most so many network calls. Raises ValueError where there is none."""
+    refused = None
     for steps in range(evaluations + 1, 0, -1):
         try:
-            sampler = build_sampler(read_flags([*flags, "--num-sampling-steps", str(steps)]), checkpoint)
-        except ValueError:  # too few steps for this solver
-            continue
-        if sampler.num_evaluations <= evaluations:
-            return steps
-    raise ValueError(f"{' '.join(flags)}: no number of steps makes at most {evaluations} network calls")
+            calls = build_sampler(read_flags([*flags, "--num-sampling-steps", str(steps)]), checkpoint).num_evaluations
+        except ValueError as error:  # perhaps only of so few steps
+            refused = refused or error
+        else:
+            if calls is not None and calls <= evaluations:
+                return steps
+    reason = f": {refused}" if refused else ""
+    raise ValueError(f"{' '.join(flags)}: no number of steps makes at most {evaluations} network calls{reason}")
 
 
 class Calls:
@@ -111,13 +121,12 @@ class Calls:
         return counted
 
 
-def measure_setting(setting: Setting, ckpt: Path, num_images: int, judge: Judge) -> dict:
+def measure_setting(setting: Setting, checkpoint: Checkpoint, num_images: int, judge: Judge, device: torch.device) -> dict:
     """Its costs for an image, and the figures of each seed's images."""
-    flags = ["--ckpt", str(ckpt), *setting.flags]
-    checkpoint = read_checkpoint(ckpt)
+    flags = ["--ckpt", str(checkpoint.path), *setting.flags]
     steps = steps_within(flags, checkpoint, setting.evaluations)
     args = read_flags([*flags, "--num-sampling-steps", str(steps)])
-    pipeline = build_pipeline(args, start().device)
+    pipeline = build_pipeline(args, device)
     networks = [network for network in (pipeline.model, pipeline.guidance.guide) if network is not None]
     counters, seeds = [Calls(network) for network in networks], []
     labels = np.arange(num_images) % pipeline.num_classes
@@ -149,47 +158,61 @@ def even_shares(settings: Sequence[Setting], number: int) -> list[list[Setting]]
 
 
 def measure(args: argparse.Namespace) -> None:
-    state, judge = start(), Judge(args.data)
-    missing = [setting for setting in all_settings(args.guide_ckpt) if not (args.out / setting.file).exists()]
+    state, judge, settings = start(), Judge(args.data), all_settings(args.guide_ckpt)
+    checkpoints = {TRANSPORT: read_checkpoint(args.transport_ckpt), GAUSSIAN: read_checkpoint(args.ckpt)}
+    facts = {
+        "settings": [json.loads(json.dumps(asdict(setting))) for setting in settings],
+        "num_images": args.num_images,
+        "sha256": [digest(path) for path in (args.ckpt, args.transport_ckpt, args.guide_ckpt)],
+    }
+    with together():
+        if state.is_main_process:
+            check_facts(facts, args.out)
+    missing = [setting for setting in settings if not (args.out / setting.file).exists()]
     state.wait_for_everyone()  # nobody writes before all have seen what is missing
     for setting in even_shares(missing, state.num_processes)[state.process_index]:
-        ckpt = args.transport_ckpt if setting.panel == TRANSPORT else args.ckpt
-        found = measure_setting(setting, ckpt, args.num_images, judge)
-        write_json(found | {"of_real": judge.of_real, "num_images": args.num_images}, args.out / setting.file)
+        checkpoint = checkpoints[TRANSPORT if setting.panel == TRANSPORT else GAUSSIAN]
+        found = measure_setting(setting, checkpoint, args.num_images, judge, state.device)
+        write_json(found | {"of_real": judge.of_real}, args.out / setting.file)
         agreement, ratio = (f"{summarize(found, key)[0]:.3g}" for key, *_ in FIGURES)
         print(f"{setting.panel}, {setting.name}: {found['calls']:.3g} calls, agreement {agreement}, ratio {ratio}", flush=True)
     state.wait_for_everyone()
 
 
+def check_facts(facts: dict, folder: Path) -> None:
+    """Raises ValueError for a folder of figures of other networks or settings."""
+    path = folder / FACTS
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(facts, path)
+    elif json.loads(path.read_text()) != facts:
+        raise ValueError(f"--out {folder} holds figures of other checkpoints or settings: give another folder, or remove it")
+
+
 def summarize(found: dict, key: str) -> tuple[float, float]:
     """Mean of the seeds, and half the width of its 95 % confidence interval."""
     values = np.array([seed[key] for seed in found["seeds"]])
-    return float(values.mean()), float(STUDENT * values.std(ddof=1) / np.sqrt(len(values)))
+    within = student.ppf(0.975, len(values) - 1)
+    return float(values.mean()), float(within * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def draw(panels: dict[str, dict[str, list[dict]]], path: Path) -> None:
     """A column for each panel, a row for each figure, a line for each name."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.subplots(len(FIGURES), len(panels), sharex=True, sharey="row")
     for column, (panel, lines) in zip(grid.T, panels.items(), strict=True):
-        for axes, (key, title, scale) in zip(column, FIGURES, strict=True):
+        for axes, (key, title, shown) in zip(column, FIGURES, strict=True):
             for name, points in lines.items():
                 mean, half = zip(*(summarize(point, key) for point in points), strict=True)
                 axes.errorbar([point["calls"] for point in points], mean, half, marker="o", markersize=4, capsize=2, label=name)
-            axes.set(xscale="log", yscale=scale, ylabel=title if axes in grid[:, 0] else "")
+            axes.set(xscale="log", ylim=shown, ylabel=title if axes in grid[:, 0] else "")
+            axes.set_xticks([5, 8, 12, 24, 50, 100, 250])
             axes.xaxis.set(major_formatter=ScalarFormatter(), minor_formatter=NullFormatter())
-            axes.set_xticks([6, 12, 24, 48, 100, 250])
-            if scale == "log":
-                axes.yaxis.set(major_formatter=ScalarFormatter(), minor_formatter=ScalarFormatter())
-            axes.grid(alpha=0.3, which="both")
+            axes.grid(alpha=0.3)
         column[0].set_title(panel)
         column[-1].set_xlabel("network calls an image")
-        column[0].legend(fontsize="small")
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        column[-1].legend(fontsize="small")
+    save_figure(figure, path, dpi=90)
 
 
 def print_tables(panels: dict[str, dict[str, list[dict]]]) -> None:
@@ -212,7 +235,13 @@ def report(args: argparse.Namespace) -> None:
         path = args.measured / setting.file
         if not path.is_file():
             raise ValueError(f"{path} is missing: run examples.steps measure to its end first")
-        panels.setdefault(setting.panel, {}).setdefault(setting.name, []).append(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        panels.setdefault(setting.panel, {}).setdefault(setting.name, []).append(found)
+        if setting.panel == GAUSSIAN and setting.name == GUIDED_SOLVER:  # beside what guidance makes of it
+            panels.setdefault(GUIDANCE, {}).setdefault("none", []).append(found)
+    for lines in panels.values():
+        for points in lines.values():
+            points.sort(key=lambda point: point["calls"])
     write_json(panels, args.out / "metrics_steps.json")
     draw(panels, args.out / "steps.png")
     print_tables(panels)

@@ -1,6 +1,7 @@
 """The demo of few steps: which calls it makes, and what it reports of real measurements."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def measured(tmp_path_factory):
     """Everything measured with at most 3 or 6 calls, 12 images each."""
     place = tmp_path_factory.mktemp("steps")
     digits.prepare(place / "digits")
-    edt, guide = (random_edt_checkpoint(place / f"{name}.pt") for name in ("edt", "guide"))
+    edt, guide = (random_edt_checkpoint(place / f"{name}.pt", seed) for seed, name in enumerate(("edt", "guide")))
     sit = random_checkpoint(place / "sit.pt", mediator_num=4)
     argv = ["measure", "--data", place / "digits", "--ckpt", edt, "--guide-ckpt", guide, "--transport-ckpt", sit,
             "--num-images", "12", "--out", place / "steps"]  # fmt: skip
@@ -54,6 +55,8 @@ def test_measure_and_report(measured, capsys):
     assert calls["SDE"] == [5]
     assert calls["constant"] == calls["autoguidance"] == [6]
     assert 3 < calls["interval"][0] < 6
+    frechet = {name: points[0]["seeds"][0]["frechet"] for name, points in panels[steps.GUIDANCE].items()}
+    assert len(set(frechet.values())) == len(frechet) == 5  # without guidance, and with each
     with Image.open(place / "steps.png") as picture:
         assert picture.width > picture.height
     assert "autoguidance" in capsys.readouterr().out
@@ -73,14 +76,23 @@ def test_confidence_interval_is_students():
     assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-4)
 
 
-def test_a_missing_measurement_is_named(measured, fails):
+def test_figures_of_other_checkpoints_are_not_taken(measured, fails):
+    _, argv, *_ = measured
+    swapped = [*argv]
+    a, b = (swapped.index(flag) + 1 for flag in ("--ckpt", "--guide-ckpt"))
+    swapped[a], swapped[b] = swapped[b], swapped[a]
+    assert "holds figures of other checkpoints or settings" in fails(steps.main, *swapped)
+
+
+def test_a_missing_measurement_is_named(measured, tmp_path, fails):
     place, *_ = measured
-    (place / "steps" / "transport-ab2-6.json").unlink()
-    error = fails(steps.main, "report", "--measured", str(place / "steps"), "--out", str(place))
+    shutil.copytree(place / "steps", tmp_path / "steps")
+    (tmp_path / "steps" / "transport-ab2-6.json").unlink()
+    error = fails(steps.main, "report", "--measured", str(tmp_path / "steps"), "--out", str(place))
     assert "transport-ab2-6.json is missing" in error
 
 
 def test_too_few_calls_for_a_solver(measured):
     _, _, edt, _ = measured
-    with pytest.raises(ValueError, match="no number of steps makes at most 1 network calls"):
+    with pytest.raises(ValueError, match=r"at most 1 network calls.* at least 3 steps"):
         steps.steps_within(["--ckpt", str(edt), "--solver", "dpm++2m"], read_checkpoint(edt), 1)
