@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from models.registry import model_config
 from runtime import cli
 from sampling.preview import grid_writer
+from training.evaluation import open_evaluation
 from training.options import add_training_arguments, parse_training_arguments
 from training.setup import train
 
@@ -30,7 +31,7 @@ def parse(argv: Sequence[str] | None):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(parse(argv), grid_writer)
+    train(parse(argv), grid_writer, open_evaluation)
 
 
 if __name__ == "__main__":

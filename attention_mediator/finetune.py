@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from attention_mediator.train import create_parser
 from sampling.preview import grid_writer
+from training.evaluation import open_evaluation
 from training.options import parse_training_arguments
 from training.setup import train
 
@@ -20,4 +21,4 @@ def finetune(description: str, image_size: int, argv: Sequence[str] | None) -> N
     if args.resume_ckpt_low_resolution and args.init_from:
         parser.error("--init-from takes a checkpoint of the same resolution; use one of them")
     args.image_size = args.image_size or image_size
-    train(args, grid_writer, needs_init=True)
+    train(args, grid_writer, open_evaluation, needs_init=True)

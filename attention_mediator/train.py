@@ -12,6 +12,7 @@ from collections.abc import Sequence
 try:
     from runtime import cli
     from sampling.preview import grid_writer
+    from training.evaluation import open_evaluation
     from training.options import add_training_arguments, parse_training_arguments
     from training.setup import train
 except ModuleNotFoundError as error:
@@ -38,7 +39,7 @@ def create_parser(description: str) -> cli.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(parse_training_arguments(create_parser(__doc__.split("\n")[0]), argv), grid_writer)
+    train(parse_training_arguments(create_parser(__doc__.split("\n")[0]), argv), grid_writer, open_evaluation)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 
-import torch
-
 try:
     from evaluations.batches import NEIGHBOUR, check_pair, read_labels
     from evaluations.extraction import load_reference, load_samples
     from evaluations.features import INCEPTION, add_features_arguments, load_extractor
-    from evaluations.scores import DENSITY_NEIGHBOUR, Requests, compute, lines
+    from evaluations.scores import DENSITY_NEIGHBOUR, Requests, compute, lines, products_device
     from runtime import cli, draws
     from runtime.distributed import leave_group, start, together
     from runtime.files import check_writable, write_json
@@ -91,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     leave_group()  # what follows may take the main process minutes, and nobody should have to wait for it
     if not state.is_main_process:
         return None
-    device = state.device if state.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     requests = Requests(**{field.name: getattr(args, field.name) for field in fields(Requests)})
-    scores, reasons = compute(ref, samples, labels, requests, device)
+    scores, reasons = compute(ref, samples, labels, requests, products_device(state))
     result = scores | {
         "features": args.features,
         "fingerprint": extractor.fingerprint,

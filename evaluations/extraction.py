@@ -41,11 +41,14 @@ def load_samples(path: str, rows: Sequence[int], extractor: Extractor, batch_siz
     extracted = extract(path, rows, extractor, batch_size, state)
     if extracted is None:
         return None
-    return _complete(side_of(path, *extracted), carried={})
+    features, constant = extracted
+    return _complete(Side(path, len(features.pool), features, {}, constant), carried={})
 
 
 def side_of(path: str, features: Features, constant: Sequence[int]) -> Side:
-    """The generated images whose features these are, called ``path`` in messages, with statistics of every layer."""
+    """The generated images whose features these are, called ``path`` in messages, with statistics of every layer; says
+    which are of one colour."""
+    note_one_colour(path, constant)
     return _with_statistics(Side(path, len(features.pool), features, {}, constant))
 
 
@@ -84,12 +87,7 @@ def load_reference(
 
 def _complete(side: Side, carried: Statistics) -> Side:
     """``side`` with the statistics that it lacks, and with what there is to say about its images."""
-    if side.constant:
-        shown = ", ".join(map(str, side.constant[:SHOWN])) + (", ..." if len(side.constant) > SHOWN else "")
-        note(
-            f"{side.path}: {len(side.constant)} image(s) of one colour throughout, at {shown}. A NaN in a sampler or decoder "
-            "ends as such an image: look at them before trusting the numbers"
-        )
+    note_one_colour(side.path, side.constant)
     if "pool" not in carried:
         note_small_set(side.path, *side.features.pool.shape)
     return _with_statistics(side)
@@ -99,6 +97,16 @@ def _with_statistics(side: Side) -> Side:
     layers = {layer: getattr(side.features, layer) for layer in STATISTICS if layer not in side.statistics}
     computed = {layer: mean_covariance(values) for layer, values in layers.items() if values is not None}
     return replace(side, statistics=side.statistics | computed)
+
+
+def note_one_colour(path: str, constant: Sequence[int]) -> None:
+    """constant: positions of the images that are of one colour throughout."""
+    if constant:
+        shown = ", ".join(map(str, constant[:SHOWN])) + (", ..." if len(constant) > SHOWN else "")
+        note(
+            f"{path}: {len(constant)} image(s) of one colour throughout, at {shown}. A NaN in a sampler or decoder "
+            "ends as such an image: look at them before trusting the numbers"
+        )
 
 
 def note_small_set(path: str, num_images: int, dimensions: int) -> None:

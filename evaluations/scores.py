@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import chisquare
+from accelerate import PartialState
 
 from evaluations.batches import NEIGHBOUR, STATISTICS
 from evaluations.extraction import Side
@@ -44,6 +44,11 @@ class Requests:
     class_balance: bool = False
     num_classes: int | None = None
     seed: int = 0
+
+
+def products_device(state: PartialState) -> torch.device:
+    """Where :func:`compute` is to multiply: MPS has no float64."""
+    return state.device if state.device.type == "cuda" else torch.device("cpu")
 
 
 def compute(
@@ -112,6 +117,8 @@ def class_balance(labels: np.ndarray, num_classes: int | None = None) -> dict:
 
     num_classes: more than the largest label; None: that + 1.
     """
+    from scipy.stats import chisquare  # imported here: it takes a second, which trainings need not spend
+
     num_classes = num_classes or int(labels.max()) + 1
     counts = np.bincount(labels, minlength=num_classes)
     return {

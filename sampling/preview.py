@@ -10,13 +10,12 @@ from accelerate import PartialState
 from torch import nn
 
 from data.codec import Codec, load_codec
-from diffusion import create_diffusion
 from diffusion.transport import ODE, create_transport
 from runtime.distributed import is_first_process
 from sampling.generate import Guidance, generate
 from sampling.grids import save_grid
 from sampling.guidance_options import published_power
-from sampling.samplers import GaussianSampler, Sampler, TransportSampler, transport_settings
+from sampling.samplers import Sampler, TransportSampler, gaussian_sampler, transport_settings
 
 CLASSES, PER_CLASS = 10, 4
 
@@ -65,7 +64,11 @@ _codec = functools.lru_cache(maxsize=1)(load_codec)  # grids and evaluations sha
 
 def quick_sampler(objective: dict, num_steps: int) -> Sampler:
     """For a few pictures: DDIM, or Heun's method. objective: as a checkpoint states it."""
+    return sampler_for(objective, ("ddim", num_steps), ("heun", num_steps + 1))
+
+
+def sampler_for(objective: dict, gaussian: tuple[str, int], ode: tuple[str, int]) -> Sampler:
+    """gaussian, ode: for each mathematics a solver, and its number of steps, of an ODE of points in time."""
     if objective["name"] == "gaussian":
-        return GaussianSampler(create_diffusion(str(num_steps)), ddim=True)
-    transport = create_transport(**transport_settings(objective))
-    return TransportSampler(ODE(transport, "heun", num_steps + 1))
+        return gaussian_sampler(*gaussian)
+    return TransportSampler(ODE(create_transport(**transport_settings(objective)), *ode))

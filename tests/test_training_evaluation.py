@@ -19,7 +19,7 @@ from evaluations import evaluator, reference
 from runtime.files import atomic_file
 from tests.launch import run_job
 from tests.runs import assert_same_run, assert_same_state, final_state, metrics, run_folder, train_argv
-from training import evaluation
+from training import evaluation, logging
 
 SAMPLES, BATCH, STEPS = 10, 4, 3
 
@@ -57,7 +57,9 @@ def test_it_is_logged_everywhere_and_the_training_is_the_one_without(latent_stor
     assert metrics(tmp_path) == [record for record in metrics(evaluated) if "eval/fid" not in record]
     found = evaluations(evaluated)
     assert list(found) == [3, 6] and found[3]["eval/fid"] != found[6]["eval/fid"]
-    assert found[6].keys() == {"step", "eval/fid", "eval/precision", "eval/recall", "eval/features"}
+    made = {"features": "pixels", "ref": "ref.npz", "samples": SAMPLES, "steps": STEPS, "cfg_scale": 1.0}
+    assert {name: found[6].pop(f"eval/{name}") for name in made} == made
+    assert found[6].keys() == {"step", "eval/fid", "eval/precision", "eval/recall"}
     assert (run_folder(evaluated) / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -116,6 +118,9 @@ def stop_in_evaluation(rank: int, ranks=(0,), at: int = 1) -> None:
     check, calls = evaluation.Evaluation._images, []
 
     def images(self, network, image_ids, leave):
+        if len(image_ids) == 1:  # what is tried before the first step
+            return check(self, network, image_ids, leave)
+
         def counted():
             calls.append(leave)
             if rank in ranks and len(calls) == at:
@@ -150,7 +155,10 @@ def test_one_process_of_two_is_asked_to_stop(latent_store, ref, tmp_path):
     assert final_state(tmp_path)["step"] == 3 and not evaluations(tmp_path)
 
 
-def fail_once(rank: int, of: int = 1) -> None:
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def fail_once(rank: int, of: int = 1, error: Exception = OUT_OF_MEMORY) -> None:
     """``prepare``: one process has no features of its first batch of samples."""
     measure, failed = evaluation.extract_batches, []
 
@@ -158,7 +166,7 @@ def fail_once(rank: int, of: int = 1) -> None:
         for k, batch in enumerate(measure(*args)):
             if rank == of and k == 0 and not failed:
                 failed.append(True)
-                raise ValueError("no features today")
+                raise error
             yield batch
 
     evaluation.extract_batches = failing
@@ -166,14 +174,55 @@ def fail_once(rank: int, of: int = 1) -> None:
 
 def test_a_failing_process_is_told_of_and_the_training_goes_on(latent_store, ref, tmp_path):
     ended = run_job("train_mask_adan", argv_of(latent_store, tmp_path, ref), 2, prepare=fail_once)
-    assert "not evaluated: no features today" in ended.stdout
+    assert "not evaluated: no memory is left beside the training: lower --eval-batch-size" in ended.stdout
     assert list(evaluations(tmp_path)) == [6] and final_state(tmp_path)["step"] == 6
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, OSError("no disk"), ValueError("no features")], ids=lambda e: str(e)[:7])
+def test_what_an_evaluation_meets_does_not_end_a_training(latent_store, ref, evaluated, tmp_path, monkeypatch, capsys, error):
+    """The evaluation that a run makes up before its first step, too."""
+    results = copied(evaluated, tmp_path / "runs", without_evaluations=True)
+    monkeypatch.setattr(evaluation, "extract_batches", evaluation.extract_batches)  # put back afterwards
+    fail_once(0, of=0, error=error)
+    train_mask_adan.main(argv_of(latent_store, results, ref, "--resume", "auto", "--max-steps", "7"))
+    assert "step       6  not evaluated: no " in capsys.readouterr().out
+    assert list(evaluations(results)) == [7]
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="sizes"), evaluation._enough_memory():
+        raise RuntimeError("sizes do not fit")
+
+
+def test_only_evaluations_made_alike_are_drawn_together(latent_store, ref, evaluated, tmp_path, monkeypatch):
+    results = copied(evaluated, tmp_path / "runs", without_evaluations=False)
+    drawn = []
+    monkeypatch.setattr(logging, "draw_evaluations", lambda records, path: drawn.append([r["step"] for r in records]))
+    argv = argv_of(latent_store, results, ref, "--resume", "auto", "--eval-every", "1", "--eval-cfg-scale", "2")
+    train_mask_adan.main([*argv, "--max-steps", "8"])
+    assert list(evaluations(results)) == [3, 6, 7, 8] and drawn == [[7], [7, 8]]
+
+
+def test_images_of_one_colour_are_told_of(latent_store, ref, tmp_path, monkeypatch, capsys):
+    """As a NaN ends."""
+    made = evaluation.Evaluation._images
+
+    def images(*args):
+        for batch in made(*args):
+            batch[0] = 128
+            yield batch
+
+    monkeypatch.setattr(evaluation.Evaluation, "_images", images)
+    train_mask_adan.main(argv_of(latent_store, tmp_path, ref, "--max-steps", "1"))
+    assert "the evaluation's samples: 3 image(s) of one colour throughout, at 0, 4, 8." in capsys.readouterr().err
 
 
 def test_mistakes_are_found_before_the_first_step(latent_store, ref, image_folder, tmp_path, tiny_vae, fails):
     runs = tmp_path / "runs"
     line = lambda *extra: fails(train_mask_adan.main, *argv_of(latent_store, runs, ref, *extra))  # noqa: E731
     assert "nowhere.npz" in line("--eval-ref", "nowhere.npz")
+    # The reference, which takes long to measure, waits for what takes no time.
+    assert "no.pt" in line("--eval-ref", "nowhere.npz", "--init-from", str(tmp_path / "no.pt"))
     small = tmp_path / "small.npz"
     reference.main([str(image_folder), str(small), "--image-size", "8", "--features", "pixels"])
     assert "holds images of 8 x 8 pixels, the run's have 16" in line("--eval-ref", str(small))
@@ -193,7 +242,9 @@ def test_mistakes_are_found_before_the_first_step(latent_store, ref, image_folde
 def test_flags_that_do_not_go_together(latent_store, ref, tmp_path, capsys):
     for argv, reason in (
         (train_argv(latent_store, tmp_path, "--eval-every", "2"), "--eval-every needs --eval-ref"),
-        (train_argv(latent_store, tmp_path, "--eval-ref", str(ref)), "without --eval-every"),
+        (train_argv(latent_store, tmp_path, "--eval-ref", str(ref)), "does nothing without --eval-every"),
+        (train_argv(latent_store, tmp_path, "--eval-samples", "9"), "--eval-samples 9 does nothing without --eval-every"),
+        (train_argv(latent_store, tmp_path, "--timm-weights", "x"), "--timm-weights x does nothing without --eval-every"),
         (argv_of(latent_store, tmp_path, ref, "--fsdp"), "leave --eval-every out"),
         (argv_of(latent_store, tmp_path, ref, "--eval-samples", "3"), "must be at least 4"),
     ):

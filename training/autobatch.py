@@ -150,10 +150,14 @@ def runs_out_of_memory(work: Callable[[], None]) -> bool:
     try:
         work()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
+        if not is_out_of_memory(error):
             raise
         return True
     return False
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
 def release(device: torch.device) -> None:

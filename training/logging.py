@@ -1,11 +1,13 @@
 """What a run reports: a line on the console, ``metrics.jsonl``, TensorBoard, W&B, and ``loss.png`` redrawn as it goes."""
 
+import contextlib
 import json
 import sys
 import threading
 import time
 import uuid
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -104,23 +106,29 @@ class RunLog:
         self.bar.set_postfix_str(f"{images_per_second:.0f} images/s")
         self.message(f"step {step:7d}  {values}  {images_per_second:.0f} images/s")
 
-    def evaluated(self, step: int, scores: dict[str, float], features: str, seconds: float) -> None:
-        """scores: by the evaluator's keys. features: what the images were compared by. seconds: of the evaluation, which are
-        none of the training's. Redraws ``evaluation.png``."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is none of the training's."""
         began = time.perf_counter()
-        if self.accelerator.is_main_process:
-            self._report(step, scores, features, seconds)
-        self._began += seconds + time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
 
-    def _report(self, step: int, scores: dict[str, float], features: str, seconds: float) -> None:
-        named = {f"eval/{name}": value for name, value in scores.items()}
-        record = {"step": step, **named, "eval/features": features}
+    def evaluated(self, step: int, scores: dict[str, float], settings: dict[str, float | str], seconds: float) -> None:
+        """scores: by the evaluator's keys. settings: what they depend on besides the network; ``features`` is one of them.
+        Redraws ``evaluation.png``, of the evaluations with these settings."""
+        if not self.accelerator.is_main_process:
+            return
+        named, settings = ({f"eval/{name}": value for name, value in part.items()} for part in (scores, settings))
+        record = {"step": step, **named, **settings}
         self.history.append(record)
         append_line(self.folder / METRICS, json.dumps(record))
         self._tell_trackers(step, {**named, "eval/seconds": seconds})
         values = "  ".join(f"{name} {value:.4g}" for name, value in named.items())
-        self.message(f"step {step:7d}  {values}  ({features}, {seconds:.0f} s)")
-        draw_evaluations(self.history, self.folder / "evaluation.png")
+        self.message(f"step {step:7d}  {values}  ({settings['eval/features']}, {seconds:.0f} s)")
+        comparable = [record for record in self.history if settings.items() <= record.items()]
+        draw_evaluations(comparable, self.folder / "evaluation.png")
 
     def has_evaluation(self, step: int) -> bool:
         """Known on the main process only."""
@@ -167,11 +175,11 @@ def _keep_until(path: Path, step: int) -> list[dict]:
     return records
 
 
-def draw_evaluations(history: list[dict], path: Path) -> None:
-    """The Frechet distance of the run's evaluations against the step, logarithmic."""
+def draw_evaluations(records: list[dict], path: Path) -> None:
+    """The Frechet distance of evaluations against the step, logarithmic."""
     from matplotlib.figure import Figure
 
-    records = [record for record in history if record.get("eval/fid", 0) > 0]
+    records = [record for record in records if record.get("eval/fid", 0) > 0]
     if not records:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")

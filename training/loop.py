@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from diffusion import GaussianDiffusion
 from runtime.distributed import SharedError
 from runtime.stopping import StopRequest
+from training.autobatch import release
 from training.checkpoint import checkpoint_files, set_newer_aside
 from training.data import Batches
 from training.logging import RunLog
@@ -26,12 +26,8 @@ from training.step import PARTS, Outcome, TrainingStep
 DRAWS_OF_LOSS = 10  # loss.png is redrawn at every tenth log line
 
 
-class Evaluate(Protocol):
-    """See :class:`training.evaluation.Evaluation`."""
-
-    features: str
-
-    def __call__(self, average: nn.Module, leave: Callable[[], bool]) -> dict[str, float] | None: ...
+# (average, whether to leave) -> metrics and what they depend on besides, None if left: training.evaluation.Evaluation
+Evaluate = Callable[[nn.Module, Callable[[], bool]], tuple[dict[str, float], dict[str, float | str]] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,7 @@ class Run:
 
     step: steps done. skipped, skipped_in_a_row: those of them that changed nothing. facts: entries every checkpoint carries
     unchanged (args, config, data). sample: draws a grid of samples of (average, folder, step); only the main process has one,
-    and only it has profiles. evaluate: measures samples of an average (training.evaluation); all processes have one, or none.
+    and only it has profiles. evaluate: measures samples of an average; all processes have one, or none.
     """
 
     def __init__(
@@ -154,15 +150,18 @@ class Run:
     def _evaluate(self, stop: StopRequest, log: RunLog) -> bool:
         """Whether it was not left for a request to stop. One that fails is told of, and the training goes on: it is as good as
         before."""
-        began = time.perf_counter()
-        try:
-            scores = self.evaluate(self.train_step.ema.model, lambda: stop.reason is not None)
-        except ValueError as error:
-            log.message(f"step {self.step:7d}  not evaluated: {error}")
-            return True
-        if scores is not None:
-            log.evaluated(self.step, scores, self.evaluate.features, time.perf_counter() - began)
-        return scores is not None
+        with log.paused():
+            began, found, failure = time.perf_counter(), None, None
+            try:
+                found = self.evaluate(self.train_step.ema.model, lambda: stop.reason is not None)
+            except (ValueError, OSError) as error:
+                failure = str(error)
+            if failure is not None:
+                log.message(f"step {self.step:7d}  not evaluated: {failure}")
+                release(self.accelerator.device)  # the error held on to all that filled the memory
+            elif found is not None:
+                log.evaluated(self.step, *found, time.perf_counter() - began)
+        return failure is not None or found is not None
 
     def _count(self, outcome: Outcome, log: RunLog) -> None:
         log.step_done(self.train_step.global_batch_size)

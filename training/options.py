@@ -147,7 +147,7 @@ def _add_data_arguments(parser: ArgumentParser) -> None:
     data.add_argument("--num-workers", type=non_negative_int, default=4, help="threads that read images for --data-path")
     data.add_argument(
         "--vae",
-        help="of --data-path and of --sample-every: a folder, hub id, sd-vae-ft-ema, -mse or pixels "
+        help="of --data-path, --sample-every and --eval-every: a folder, hub id, sd-vae-ft-ema, -mse or pixels "
         "(default: what a store names, else sd-vae-ft-ema)",
     )
 

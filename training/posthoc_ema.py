@@ -57,20 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for out in args.out:
         check_writable(out)
     snapshots = find_snapshots(args.run)
-    last = snapshots[-1].step
-    step = args.step or last
-    if step > last:
-        raise ValueError(f"--step {step}: the last snapshot of {args.run} is of step {last}; give at most that")
+    step = args.step or snapshots[-1].step
+    mend = _check_step(step, snapshots, args.run)
     solved = [solve(snapshots, step, length) for length in args.sigma_rel]
     for length, (_, error) in zip(args.sigma_rel, solved, strict=True):
         if error > POOR:
             note(
                 f"--sigma-rel {length:g} at step {step}: {len(snapshots)} snapshots come no nearer than {error:.0%} to its "
-                "profile. More of them do (--ema-profile-every), or a length between the stored ones"
+                f"profile. {mend}"
             )
     states = combine(snapshots, [weights for weights, _ in solved])
     for out, length, state, (_, error) in zip(args.out, args.sigma_rel, states, solved, strict=True):
-        config = snapshots[0].config | {PROFILE: {"sigma_rel": length}}
+        config = snapshots[-1].config | {PROFILE: {"sigma_rel": length}}
         if out.suffix == ".pt":
             save_atomic({"ema": state, "config": config, "step": step}, out)
         else:
@@ -79,17 +77,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{out}: {config['model']} after step {step}, sigma_rel {length:g}, within {error:.2g} of its profile")
 
 
+def _check_step(step: int, snapshots: Sequence[Snapshot], run_folder: Path) -> str:
+    """-> what brings a profile of that step nearer. Raises ValueError for a step that lies outside the stored ones."""
+    first, last = snapshots[0].step, snapshots[-1].step
+    if step > last:
+        raise ValueError(f"--step {step}: the last snapshot of {run_folder} is of step {last}; give at most that")
+    if step < first:
+        raise ValueError(f"--step {step}: the first snapshot of {run_folder} is of step {first}; give at least that")
+    below = max(snapshot.step for snapshot in snapshots if snapshot.step <= step)
+    above = min(snapshot.step for snapshot in snapshots if snapshot.step >= step)
+    if below != above:  # the profile ends at the step, which none of the stored ones does
+        return f"--step {below} or {above}, which are stored, do"
+    return "More of them do (--ema-profile-every), or a length between the stored ones"
+
+
 def find_snapshots(run_folder: Path) -> list[Snapshot]:
-    """All of a run's, oldest first. Raises ValueError where there is none, or where they are not of one model."""
+    """All of a run's, oldest first. Raises ValueError where there is none, or where they are not of one model: what else a
+    config says (paths, names, settings that came later) may differ within a run."""
     snapshots = [read_snapshot(path) for _, path in snapshot_files(run_folder)]
     if not snapshots:
         raise ValueError(f"{run_folder} holds no snapshots, ema_profiles/*.safetensors: a run with --ema-profiles stores them")
     for other in snapshots[1:]:
-        if other.config != snapshots[0].config:
-            raise ValueError(
-                f"{other.path} is of another model or data than {snapshots[0].path}: remove what is not of this run"
-            )
+        if not _same_model(snapshots[0].config, other.config):
+            raise ValueError(f"{other.path} is of another model than {snapshots[0].path}: remove what is not of this run")
     return snapshots
+
+
+def _same_model(config: dict, other: dict) -> bool:
+    settings, others = (held.get("model_config", {}) for held in (config, other))
+    return config["model"] == other["model"] and all(settings[name] == others[name] for name in settings.keys() & others)
 
 
 def products(step: np.ndarray, gamma: np.ndarray, other_step: np.ndarray, other_gamma: np.ndarray) -> np.ndarray:
@@ -122,26 +138,26 @@ def solve(snapshots: Sequence[Snapshot], step: int, sigma_rel: float) -> tuple[n
 def combine(snapshots: Sequence[Snapshot], weights: Sequence[np.ndarray]) -> list[dict[str, Tensor]]:
     """For each set of weights the sum of the snapshots' tensors, float32; what is no floating-point number is taken as it is.
 
-    Sums are float64, and one tensor of one snapshot is in memory beside them. Raises ValueError for a file that does not fit.
+    Sums are float64, and one tensor of one snapshot is in memory beside them. Raises ValueError for a file that does not fit or
+    is not finite.
     """
     sums: list[dict[str, Tensor]] = [{} for _ in weights]
     for k, snapshot in enumerate(snapshots):
         shares = [float(set_[k]) for set_ in weights]
-        if k and not any(shares):
+        if not any(shares):
             continue
         with _opened(snapshot) as file:
             names = set(file.keys())
-            if k and names != sums[0].keys():
-                raise ValueError(f"{snapshot.path} holds other tensors than {snapshots[0].path}: it is of another model")
+            if sums[0] and names != sums[0].keys():
+                raise ValueError(f"{snapshot.path} holds other tensors than the snapshots before it: it is of another model")
             for name in names:
                 _add(sums, name, file.get_tensor(name), shares, snapshot)
-    broken = [name for name, value in sums[0].items() if not value.isfinite().all()] if sums else []
-    if broken:
-        raise ValueError(f"{broken[0]} is not finite in a snapshot of {snapshots[0].path.parent}: its run had diverged")
     return [{name: value.float() if value.dtype == torch.float64 else value for name, value in sum_.items()} for sum_ in sums]
 
 
 def _add(sums: list[dict[str, Tensor]], name: str, value: Tensor, shares: Sequence[float], snapshot: Snapshot) -> None:
+    if not value.isfinite().all():
+        raise ValueError(f"{snapshot.path}: {name} is not finite, for the run had diverged: remove it")
     for total, share in zip(sums, shares, strict=True):
         if not value.is_floating_point():
             total[name] = value

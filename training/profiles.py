@@ -31,9 +31,9 @@ MAX_HALF = 65504.0
 
 
 def sigma_rels(text: str) -> tuple[float, ...]:
-    """An argparse type: "0.05,0.10" -> (0.05, 0.1)."""
+    """An argparse type: "0.10,0.05" -> (0.05, 0.1)."""
     try:
-        lengths = tuple(float(part) for part in text.split(","))
+        lengths = tuple(sorted(float(part) for part in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths: write for example 0.05,0.10") from None
     for length in lengths:
@@ -69,12 +69,13 @@ class Profiles:
         self.averages = {
             length: {name: parameter.detach().clone() for name, parameter in trained.items()} for length in lengths
         }
+        self._gammas = {length: gamma_of(length) for length in lengths}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """step: steps done, this one included."""
         for length, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), self._weights, update_share(step, gamma_of(length)))
+            torch._foreach_lerp_(list(average.values()), self._weights, update_share(step, self._gammas[length]))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {f"{length:g}": self._network.state_dict() | average for length, average in self.averages.items()}
@@ -84,16 +85,17 @@ class Profiles:
         """Raises ValueError, naming ``path``, for averages that are not there or do not fit."""
         for length, average in self.averages.items():
             if not isinstance(states.get(f"{length:g}"), dict):
-                raise ValueError(
-                    f"{path} holds no average of --ema-profiles {length:g}: leave the flag out, or start a new run"
-                )
+                raise ValueError(f"{path} lacks its average of --ema-profiles {length:g}")
             check_shapes(self._network, states[f"{length:g}"], path)
             for name, value in average.items():
                 value.copy_(states[f"{length:g}"][name])
 
     def save(self, run_folder: Path, step: int, config: dict) -> None:
-        """A snapshot of each average, a checkpoint by itself. config: of the run's checkpoints."""
-        for length, state in zip(self.averages, self.state_dict().values(), strict=True):
+        """A snapshot of each average, a checkpoint by itself; of one that is not finite none, which would spoil every sum that
+        it is part of. config: of the run's checkpoints."""
+        for (length, average), state in zip(self.averages.items(), self.state_dict().values(), strict=True):
+            if not torch.stack([value.isfinite().all() for value in average.values()]).all():
+                continue
             about = config | {PROFILE: {"sigma_rel": length}}
             with atomic_file(snapshot_path(run_folder, step, length)) as file:
                 stored = {name: _halved(value) if name in self._names else value.cpu() for name, value in state.items()}
@@ -101,8 +103,8 @@ class Profiles:
 
 
 def _halved(value: Tensor) -> Tensor:
-    """In float16, half the disk: what that rounds off, 2^-12 of a weight, is an eighth of what bf16 sampling does. What float16
-    does not hold stays as it is."""
+    """In float16, half the disk: what that rounds off, up to 2^-11 of a weight, is an eighth of what bf16 sampling does. What
+    float16 does not hold stays as it is."""
     return value.cpu() if value.abs().max() > MAX_HALF else value.half().cpu()
 
 

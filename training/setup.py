@@ -30,9 +30,8 @@ from runtime.stopping import StopRequest
 from training.autobatch import check_auto, choose_micro_batch_size
 from training.checkpoint import new_run_folder, remove_leftovers, run_folder_of
 from training.data import Batches, DataOrder
-from training.evaluation import open_evaluation
 from training.logging import open_trackers
-from training.loop import Run, Schedule
+from training.loop import Evaluate, Run, Schedule
 from training.objective import Objective, create_objective
 from training.placement import Replicated, Sharded
 from training.profiles import Profiles
@@ -47,17 +46,20 @@ MODEL_FLAGS = ("mediator_num", "mediator_layers", "decode_layer")  # fields of s
 SAVE_SECONDS = 600  # what a process whose launcher is gone has to finish a step and save
 
 GridWriter = Callable[[nn.Module, Path, int], None]  # (average, run folder, step): draws samples
+MakeGridWriter = Callable[[Namespace, dict], GridWriter | None]
+OpenEvaluation = Callable[[Namespace, dict, nn.Module, PartialState], Evaluate | None]
 
 
-def train(args: Namespace, grid_writer: Callable[[Namespace, dict], GridWriter | None], *, needs_init: bool = False) -> None:
+def train(args: Namespace, grid_writer: MakeGridWriter, open_evaluation: OpenEvaluation, *, needs_init: bool = False) -> None:
     """A training script from its parsed flags on.
 
     grid_writer: from the flags and the ``config`` of the run's checkpoints to what draws samples, None for no samples.
+    open_evaluation: from these, a network of the run and the processes to what measures samples, None for no evaluations.
     needs_init: a new run must not start from fresh weights. Raises ValueError as :func:`prepare_run` and :meth:`Run.train`.
     """
     watch.orphan_grace_seconds = SAVE_SECONDS
     with StopRequest(args.time_limit) as stop, contextlib.ExitStack() as held:
-        run = prepare_run(args, start(), held, grid_writer, needs_init=needs_init)
+        run = prepare_run(args, start(), held, grid_writer, open_evaluation, needs_init=needs_init)
         run.train(stop)
         run.accelerator.end_training()
 
@@ -66,7 +68,8 @@ def prepare_run(
     args: Namespace,
     state: PartialState,
     held: contextlib.ExitStack,
-    grid_writer: Callable[[Namespace, dict], GridWriter | None],
+    grid_writer: MakeGridWriter,
+    open_evaluation: OpenEvaluation,
     *,
     needs_init: bool = False,
 ) -> Run:
@@ -75,14 +78,7 @@ def prepare_run(
     Raises ValueError for data, a model, an objective or a checkpoint that do not fit one another or the flags, for a batch that
     the processes cannot share, and for a folder that another job works in."""
     batch = args.global_batch_size
-    if batch % state.num_processes:
-        raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
-    if args.fsdp and not torch.distributed.is_initialized():
-        raise ValueError("--fsdp spreads the model over processes: start several with torchrun, or leave it out")
-    check_precision(args.precision, state.device)
-    _check_compiler(args, state.device)
-    if args.micro_batch_size == "auto":
-        check_auto(state.device)
+    _check_processes(args, state)
     source, num_classes = open_source(args, state.device)
     objective = create_objective(args)
     torch.manual_seed(args.seed)
@@ -91,7 +87,6 @@ def prepare_run(
     facts = _facts(args, model, source, objective)
     with together():
         sample = grid_writer(args, facts["config"])
-    evaluate = open_evaluation(args, facts["config"], state)
     path, found = _resumed(args, facts, state, held)
     if found:
         folder = path.parent.parent
@@ -99,6 +94,7 @@ def prepare_run(
             load_weights(model, found["model"], path)
     else:
         start_weights(args, model, source, objective, required=needs_init)
+    evaluate = open_evaluation(args, facts["config"], model, state)  # may take minutes, in which mistakes are not to hide
     accelerator = start_training(args.precision)
     share = my_share(range(batch), accelerator)
     micro_batch_size = args.micro_batch_size or len(share)
@@ -112,13 +108,9 @@ def prepare_run(
         folder = _new_folder(args, state, held)  # only now, so that a mistake leaves no empty run behind
     _start_trackers(accelerator, folder, args, found["step"] if found else None)
     placement = (Sharded if args.fsdp else Replicated)(args, model, accelerator)
-    profiles = Profiles(placement.network, args.ema_profiles) if args.ema_profiles and state.is_main_process else None
     if found:
         found = placement.load(found, path)
-        with together():
-            if profiles:
-                profiles.load(found.get("profiles") or {}, path)
-
+    profiles = _profiles(args, placement.network, state, found, path)
     order = DataOrder(source.num_images, batch, args.seed)
     train_step = _training_step(args, placement, objective, share, micro_batch_size)
     batches = Batches(
@@ -130,7 +122,29 @@ def prepare_run(
     return run
 
 
-def _check_compiler(args: Namespace, device: torch.device) -> None:
+def _profiles(
+    args: Namespace, network: nn.Module, state: PartialState, found: dict | None, path: Path | None
+) -> Profiles | None:
+    """Those of ``--ema-profiles``, as they were where a run goes on; None on all processes but the main one."""
+    with together():
+        if not (args.ema_profiles and state.is_main_process):
+            return None
+        profiles = Profiles(network, args.ema_profiles)
+        if found:
+            profiles.load(found.get("profiles") or {}, path)
+        return profiles
+
+
+def _check_processes(args: Namespace, state: PartialState) -> None:
+    """Raises ValueError for flags that these processes on their devices cannot follow."""
+    batch, device = args.global_batch_size, state.device
+    if batch % state.num_processes:
+        raise ValueError(f"--global-batch-size {batch} is not divisible by the number of processes, {state.num_processes}")
+    if args.fsdp and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp spreads the model over processes: start several with torchrun, or leave it out")
+    check_precision(args.precision, device)
+    if args.micro_batch_size == "auto":
+        check_auto(device)
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # torch.compile's own choice
     if args.compile and device.type == "cpu" and not shutil.which(compiler):
         raise ValueError(
