@@ -49,19 +49,19 @@ def _strided(respacing: str, num_timesteps: int) -> list[int]:
     )
 
 
-def trailing_timesteps(count: int, power: float = 1.0, num_timesteps: int = NUM_TIMESTEPS) -> list[int]:
+def trailing_timesteps(count: int, power: float = 1.0) -> list[int]:
     """So many timesteps in increasing order, from the noisiest one towards, but not to, the data.
 
-    They are num_timesteps * u^power - 1 for evenly spaced u from 1/count to 1, moved where two would be the same. Power 1 is
+    They are 1000 u^power - 1 for evenly spaced u from 1/count to 1, moved where two would be the same. Power 1 is
     the "trailing" of Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed"; above it they crowd at
     low noise. Raises ValueError for more than there are.
     """
-    if not 1 <= count <= num_timesteps:
-        raise ValueError(f"{count} steps cannot be taken over {num_timesteps} timesteps: take 1 to {num_timesteps}")
+    if not 1 <= count <= NUM_TIMESTEPS:
+        raise ValueError(f"{count} steps cannot be taken over {NUM_TIMESTEPS} timesteps: take 1 to {NUM_TIMESTEPS}")
     kept = []
     for i in range(1, count + 1):
-        wanted = round(num_timesteps * (i / count) ** power) - 1
-        kept.append(min(max(wanted, kept[-1] + 1 if kept else 0), num_timesteps - 1 - (count - i)))
+        wanted = round(NUM_TIMESTEPS * (i / count) ** power) - 1
+        kept.append(min(max(wanted, kept[-1] + 1 if kept else 0), NUM_TIMESTEPS - 1 - (count - i)))
     return kept
 
 

@@ -6,7 +6,7 @@ batch.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,30 +177,17 @@ class StepwiseNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, S, S), t (B,) and y (B,) as the networks take them; or 2B of each, where both halves follow the sample."""
-        return self._dispatch(lambda model, *inputs: model(*inputs), x, t, y)
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
-        """Classifier-free guidance as the networks do it. x: (2B, C, S, S); t: (2B,); y: B labels, then B null labels."""
-        if len(x) != 2 * self.tracker.batch_size:
-            raise ValueError(
-                f"guidance takes the batch of {self.tracker.batch_size} samples doubled, got {len(x)}: call begin(batch_size) "
-                "with the number of pairs"
-            )
-        return self._dispatch(lambda model, *inputs: model.forward_with_cfg(*inputs, cfg_scale, channels), x, t, y)
-
-    def _dispatch(self, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Call each network once, with the samples that are at it; the results in the order of the inputs."""
-        rows, batch_size = len(inputs[0]), self.tracker.batch_size
+        rows, batch_size = len(x), self.tracker.batch_size
         if batch_size < 1 or rows not in (batch_size, 2 * batch_size):
             raise ValueError(f"{rows} samples in a batch of {batch_size}: call begin(batch_size) first")
         stages, halves = self.stages, rows // batch_size
         self.calls[torch.arange(batch_size), stages] += 1
         self.evaluations[torch.arange(batch_size), stages] += halves
         if (stages == stages[0]).all():
-            return call(self.models[stages[0]], *inputs)
+            return self.models[stages[0]](x, t, y)
         stages = stages.repeat(halves)
         counts = stages.bincount(minlength=len(self.models)).tolist()
-        order = stages.argsort(stable=True).to(inputs[0].device)  # stable: a group keeps its halves one after the other
-        groups = zip(self.models, *(value[order].split(counts) for value in inputs), strict=True)
-        parts = [call(model, *group) for model, *group in groups if len(group[0])]
+        order = stages.argsort(stable=True).to(x.device)  # stable: a group keeps its halves one after the other
+        groups = zip(self.models, *(value[order].split(counts) for value in (x, t, y)), strict=True)
+        parts = [model(*group) for model, *group in groups if len(group[0])]
         return torch.cat(parts)[order.argsort()]

@@ -11,7 +11,6 @@ run measured.
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -98,28 +97,16 @@ def ratio_for(trajectories: Trajectories, wanted: float, first_several_num: int)
     return float(min(near, key=lambda ratio: abs(calls_before(trajectories, ratio, first_several_num) - wanted)))
 
 
-@dataclass(frozen=True)
-class WatchedSampler:
+class WatchedSampler(SwitchingSampler):
     """A switching sampler whose last dict also holds changes (B, T - 1), the distances of neighbouring states, and
     calls_by_step (B, steps), the evaluations in each step, of which a guided call is two."""
 
-    inner: SwitchingSampler
-    may_be_filled: ClassVar[bool] = False
-
-    @property
-    def num_steps(self) -> int:
-        return self.inner.num_steps
-
-    @property
-    def num_solver_steps(self) -> int:
-        return self.inner.num_solver_steps
-
     def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
-        network, previous, changes, calls = self.inner.network, None, [], []
+        network, previous, changes, calls = self.network, None, [], []
         distance = DISTANCES[network.tracker.policy.distance]
-        for k, out in enumerate(self.inner(model, noise, y, step_noise), start=1):
+        for k, out in enumerate(super().__call__(model, noise, y, step_noise), start=1):
             calls.append(network.evaluations.sum(1))
-            if previous is not None and k <= self.inner.num_solver_steps:
+            if previous is not None and k <= self.num_solver_steps:
                 changes.append(distance(out["sample"] - previous).flatten(1).mean(1))
             previous = out["sample"].clone()
             if k == self.num_steps:
@@ -133,7 +120,7 @@ def record(args: Namespace, switching: Switching) -> Trajectories:
     labels = label_source("random", switching.network.config.num_classes, args.seed, args.num_samples)
     batches = generate(
         switching.network,
-        WatchedSampler(switching.sampler),
+        WatchedSampler(switching.sampler.inner, switching.network),
         PixelCodec(torch.device("cpu")),
         range(args.num_samples),
         labels=labels,

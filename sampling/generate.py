@@ -98,7 +98,7 @@ def generate(
     shape = (config.in_channels, config.input_size, config.input_size)
     draws = _Draws(seed, shape, labels, device, batch_size if pad_last and sampler.may_be_filled else None)
     guided = guidance.around(model)
-    previewed = set(np.linspace(1, sampler.num_steps, num_previews).round().astype(int).tolist()) if num_previews else set()
+    previewed = evenly_spread(sampler.num_steps, num_previews)
     cut = [list(image_ids[start : start + batch_size]) for start in range(0, len(image_ids), batch_size)]
     with contextlib.closing(draws.starts(cut)) as starts:
         for ids, y, noise in starts:
@@ -111,6 +111,11 @@ def generate(
                         after_step()
             batch = _finish(codec, ids, y, out, previews)
             yield batch.wait() if wait else batch
+
+
+def evenly_spread(num_steps: int, count: int) -> set[int]:
+    """``count`` of the steps 1, ..., num_steps, the last among them."""
+    return set(np.linspace(num_steps, 1, count).round().astype(int).tolist())
 
 
 class _Draws:

@@ -14,7 +14,7 @@ from sampling.alike import require_common
 from sampling.generate import Guidance
 from sampling.solver_options import refuse
 
-GUIDANCE_FLAGS = ("guidance_interval", "cfg_power", "guide_ckpt", "guide_weights")
+GUIDANCE_FLAGS = ("cfg_channels", "guidance_interval", "cfg_power", "guide_ckpt", "guide_weights")
 
 
 def add_guidance_arguments(parser: ArgumentParser) -> None:

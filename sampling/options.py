@@ -103,13 +103,14 @@ def assemble(
 ) -> Pipeline:
     """checkpoint: says which codec decodes. model, guide: on the device, in eval mode."""
     codec, guidance = find_codec(args.vae, checkpoint, device), read_guidance(args, checkpoint.objective, guide)
+    is_guided = args.cfg_scale != 1
     settings = {
         "weights": args.weights,
         "codec": codec.name,
         "cfg_scale": args.cfg_scale,
-        "cfg_channels": guided_channels(args),
+        "cfg_channels": guided_channels(args) if is_guided else None,
         "guidance_interval": args.guidance_interval,
-        "cfg_power": guidance.around(model).power or None,
+        "cfg_power": (is_guided and guidance.around(model).power) or None,
         **sampler.settings,
         "precision": args.precision,
     }

@@ -17,6 +17,7 @@ from models.checkpoints import Checkpoint
 from runtime.cli import ArgumentParser, non_negative_float, number, positive_int, probability, seed
 from runtime.draws import Purpose, normals
 from sampling.generate import Guidance, generate, label_source
+from sampling.guidance_options import published_power
 from sampling.preview import quick_sampler
 from sampling.samplers import transport_settings
 from sampling.solver_options import refuse
@@ -54,9 +55,7 @@ def make_probe(args: Namespace, checkpoint: Checkpoint, model: nn.Module, codec:
     config = checkpoint.config
     size, null = config.input_size * codec.downsample, config.num_classes
     images, labels = _read(args.data, size, args.num_images)
-    labels = np.full(len(images), null) if labels is None else labels
-    if not (labels.min() >= 0 and labels.max() <= null):
-        raise ValueError(f"--data {args.data}: label {labels.max()}, but {checkpoint.path} has classes 0 to {null - 1}")
+    labels = np.full(len(images), null) if labels is None else _checked(labels, null, f"--data {args.data}", checkpoint.path)
     noise = _noise(args.seed, codec.latent_shape(size), range(len(images)), 2) if codec.stochastic else None
     with torch.inference_mode():
         latents = codec.encode(torch.from_numpy(images), noise)
@@ -93,7 +92,8 @@ class _Latents:
 def _fresh(args: Namespace, checkpoint: Checkpoint, model: nn.Module, codec: Codec) -> Probe:
     sampler = quick_sampler(checkpoint.objective, args.num_sampling_steps or NUM_STEPS)
     labels = label_source(args.labels or "balanced", checkpoint.config.num_classes, args.seed, args.num_images)
-    guidance = Guidance(1.0 if args.cfg_scale is None else args.cfg_scale)
+    scale = 1.0 if args.cfg_scale is None else args.cfg_scale
+    guidance = Guidance(scale, power=published_power(checkpoint.objective))
     ids = range(args.num_images)
     batches = list(generate(model, sampler, _Latents, ids, labels=labels, seed=args.seed, guidance=guidance))
     latents, y = (torch.cat([getattr(batch, name) for batch in batches]).to(codec.device) for name in ("images", "labels"))
@@ -119,6 +119,14 @@ def _read(path: Path, size: int, count: int) -> tuple[np.ndarray, np.ndarray | N
     if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"--data {path}: arr_1 is {labels.dtype} {labels.shape}, not one label for each of {shape[0]} images")
     return images, labels[rows].astype(np.int64)
+
+
+def _checked(labels: np.ndarray, num_classes: int, data: str, path: Path) -> np.ndarray:
+    """Raises ValueError for a label that the model does not have; num_classes itself is its word for none."""
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise ValueError(f"{data}: label {outside[0]}, but {path} has classes 0 to {num_classes - 1}")
+    return labels
 
 
 def _spread(available: int, count: int, path: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.few_steps import SCHEMES, FewSteps, create_few_steps
-from diffusion.solvers import METHODS
+from diffusion.solvers import ALIASES, METHODS
 from diffusion.transport import ODE, SDE
 from diffusion.transport.likelihood import log_likelihood
 from diffusion.transport.ode import ADAPTIVE_METHODS, GRID_METHODS
@@ -18,7 +18,7 @@ from models.stepwise import StepwiseNetwork
 
 StepNoise = Callable[[int], Tensor]
 GAUSSIAN_SOLVERS = ("ancestral", "ddim", *SCHEMES)
-OFFERED = {"heun2": "heun"}  # torchdiffeq's name, and the one that is shown
+OFFERED = {name: alias for alias, name in ALIASES.items()}  # torchdiffeq's name, and the one that is shown
 WATCHABLE_SOLVERS = tuple(OFFERED.get(name, name) for name in METHODS)  # of an ODE, step by step
 ODE_SOLVERS = (*WATCHABLE_SOLVERS, *ADAPTIVE_METHODS, *GRID_METHODS)
 SDE_SOLVERS = tuple(name.lower() for name in SDE_METHODS)
@@ -151,6 +151,7 @@ class TransportSampler:
 
     @property
     def num_evaluations(self) -> int | None:
+        """Of the sample alone, without those of its likelihood."""
         return self.process.num_evaluations
 
     @property

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime import cli
-from runtime.figures import picture, save_figure
+from runtime.figures import picture, plain, save_figure
 from runtime.files import check_writable
 from sampling.writers import SETTINGS
 
@@ -79,8 +79,7 @@ def read_switches(folder: Path) -> Switches:
         raise ValueError(f"{path} holds no images: sample it again")
     try:
         rows = np.loadtxt(lines, delimiter=",", ndmin=2)[:, 2:]
-        settings = json.loads((folder / SETTINGS).read_bytes())
-        steps = settings["num_steps"] - 1 if settings["sampler"] in ("SDE", "ODE") else settings["num_sampling_steps"]
+        steps = json.loads((folder / SETTINGS).read_bytes())["num_steps"] - 1
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: {TABLE} or {SETTINGS} cannot be read ({error!r}): sample it again") from error
     switches, evaluations, gmac = rows[:, : models - 1].astype(int), rows[:, models - 1 : -1], rows[:, -1]
@@ -158,7 +157,7 @@ def show(folders: Sequence[Path], titles: Sequence[str] | None = None, models: S
     for flag, given, number in (("--titles", titles, len(folders)), ("--models", models, numbers[0])):
         if len(given) != number:
             raise ValueError(f"{flag}: {number} are needed, got {len(given)}")
-    return draw(columns, titles, models)
+    return draw(columns, [plain(title) for title in titles], [plain(model) for model in models])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The flags that say how a checkpoint is sampled, and the sampler they build."""
 
 import argparse
+import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -23,7 +24,6 @@ from sampling.samplers import (
 
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 TRANSPORT_SOLVERS = tuple(dict.fromkeys((*ODE_SOLVERS, *SDE_SOLVERS)))
-ORDERS = {"ab2": 2, "ab3": 3, "ab4": 4}  # how many drifts a step extrapolates
 
 
 # Which flags belong to what; given to something else they are refused, not ignored.
@@ -47,7 +47,7 @@ def add_solver_arguments(parser: ArgumentParser) -> None:
         type=solver,
         metavar="NAME",
         help=f"Gaussian diffusion: {', '.join(GAUSSIAN_SOLVERS)} (default: ancestral); transport: as --sampling-method, and "
-        "of the ODE unless --mode says SDE. dpm++2m, unipc and ab4 are for 10 to 30 steps",
+        "of the ODE unless the mode is SDE. dpm++2m, unipc and ab4 are for 10 to 30 steps",
     )
     parser.add_argument(
         "--num-sampling-steps",
@@ -146,14 +146,13 @@ def _method(args: Namespace) -> str | None:
 
 def _ode_sampler(args: Namespace, transport: Transport, method: str) -> TransportSampler:
     num_points = args.num_sampling_steps
-    ode = ODE(transport, method, num_points, per_sample=args.per_sample_solver, **_given(args, ("atol", "rtol")))
+    ode = ODE(transport, method, per_sample=args.per_sample_solver, **_given(args, ("atol", "rtol")))
     if ode.fixed:
         refuse(args, ("atol", "rtol", "per_sample_solver"), f"the fixed steps of {method}")
-    order = ORDERS.get(ode.sampling_method, 1)
-    if num_points <= order:
-        raise ValueError(
-            f"--num-sampling-steps {num_points}: {method} takes at least {order + 1} points in time, and heun any number from 2"
-        )
+    try:
+        ode = dataclasses.replace(ode, num_steps=num_points)
+    except ValueError as error:
+        raise ValueError(f"--num-sampling-steps {num_points}: {error}") from None
     return TransportSampler(ode, likelihood=getattr(args, "likelihood", False))
 
 

@@ -13,12 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sample_ddp
 import train_mask_adan
 from data.npz import read_batches
+from diffusion.few_steps import SCHEMES
 from evaluations.metrics import precision_recall
 from models import create_model
 from models.checkpoints import read_checkpoint
 from models.flex import flex_attention_with, flex_available
 from models.inference import prepare
 from models.layers import compile_blocks
+from sampling.samplers import gaussian_sampler
 from tests.shared import grey_levels, perturb
 from tests.test_flex import written_out
 
@@ -206,6 +208,33 @@ def test_prepared_networks_take_turns():
         for results, references in zip(actual, expected, strict=True):
             for result, reference in zip(results, references, strict=True):
                 close(result, reference, 5e-2)
+
+
+@pytest.mark.parametrize("solver", SCHEMES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_few_steps_are_the_cpus(solver, compiled):
+    """They hold outputs of the network over three calls, which a CUDA graph's replays must not write over."""
+    model = network("EDT-S/2", {}).eval()
+    noise, _, y = inputs(model.config)
+
+    def draw(k):
+        return torch.randn(noise.shape, generator=torch.Generator().manual_seed(k))
+
+    @torch.inference_mode()
+    def steps(network, device):  # six, since a CUDA graph is recorded at the second call
+        x, labels = noise.clone().to(device), y.clone().to(device)  # tensors of inference mode, as the later states
+        return list(gaussian_sampler(solver, 6)(network, x, labels, draw))
+
+    expected = steps(model, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    prepared = prepare(model.to(CUDA), compile=compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual = steps(prepared, CUDA)
+    for out, reference in zip(actual, expected, strict=True):
+        for name in ("sample", "pred_xstart"):
+            close(out[name], reference[name], 1e-3)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 def train(latent_store, runs, *argv):

@@ -81,7 +81,7 @@ def test_ddim_through_diffusers_is_our_ddim(monkeypatch, steps):
     theirs = list(FewSteps(diffusion, "ddim").steps(network, draw(0)))
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a["sample"], b["sample"], rtol=1e-4, atol=1e-4)
-        assert torch.equal(a["pred_xstart"], b["pred_xstart"]) or (a["pred_xstart"] - b["pred_xstart"]).abs().max() < 0.05
+        assert_close(a["pred_xstart"], b["pred_xstart"], rtol=1e-4, atol=1e-3)
 
 
 # A Gaussian target: the network, and the path of the probability-flow ODE, in closed form

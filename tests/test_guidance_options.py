@@ -122,7 +122,14 @@ def test_a_flag_that_is_no_power(text, capsys):
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("guidance-interval", "0.2,0.8"), ("cfg-power", "2.0"), ("guide-ckpt", "a.pt"), ("guide-weights", "model")],
+    [
+        ("cfg-channels", "all"),
+        ("cfg-channels", "3"),
+        ("guidance-interval", "0.2,0.8"),
+        ("cfg-power", "2.0"),
+        ("guide-ckpt", "a.pt"),
+        ("guide-weights", "model"),
+    ],
 )
 def test_flags_of_no_guidance(flag, value):
     with pytest.raises(ValueError, match=rf"^--{flag} {value} means nothing to samples without guidance \(--cfg-scale 1\)"):
@@ -186,6 +193,15 @@ def test_mdt_keeps_its_published_power(tmp_path):
     flow = save(tmp_path / "flow.pt", "MDTv2-Ti/2", objective=TRANSPORT)
     sample(flow, tmp_path / "flow", "--cfg-scale", "5")
     assert settings(tmp_path / "flow")["cfg_power"] is None
+
+
+def test_settings_without_guidance_name_none(tmp_path):
+    """MDTv2's published power and the three channels were written down where nothing was guided."""
+    mdt = save(tmp_path / "mdt.pt", "MDTv2-Ti/2")
+    for scale, expected in (("1", (None, None)), ("5", ("3", 4))):
+        sample(mdt, tmp_path / scale, "--cfg-scale", scale)
+        held = settings(tmp_path / scale)
+        assert (held["cfg_channels"], held["cfg_power"]) == expected
 
 
 def test_pictures_under_a_guide(sit, tmp_path):

@@ -138,7 +138,12 @@ def test_defaults_and_the_published_spellings():
         (
             TRANSPORT,
             ("--solver", "ab4", "--num-sampling-steps", "4"),
-            "--num-sampling-steps 4: ab4 takes at least 5 points in time, and heun any number from 2",
+            "--num-sampling-steps 4: ab4 takes at least 5 points in time, got 4: with so few, take heun",
+        ),
+        (
+            TRANSPORT,
+            ("--solver", "heun", "--num-sampling-steps", "1"),
+            "--num-sampling-steps 1: num_steps counts the points of the time grid: a whole number, at least 2; got 1",
         ),
         (TRANSPORT, ("--ddim",), "--ddim True means nothing to sit.pt, which is a transport"),
     ],

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.transport import Sampler, create_transport
 from models import create_model
-from models.layers import guide
 from models.stepwise import StageTracker, StepwiseNetwork, SwitchPolicy
 
 SETTINGS = [("0.9", "0.6", "3"), ("0.7", "0.4", "3"), ("0.8", "0.5", "10"), ("2.0", "0.5", "3")]
@@ -35,10 +35,6 @@ class Network(nn.Module):
         self.sizes.append(len(x))
         t, y = t.view(-1, 1, 1, 1), y.view(-1, 1, 1, 1)
         return self.coef * (0.5 * x.sin() - x) + 0.1 * t + self.label_weight * y * x.cos()
-
-    def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
-        half = x[: len(x) // 2]
-        return guide(self(torch.cat([half, half]), t, y), cfg_scale, channels)
 
 
 def stepwise_network(ratios, first_several_num=3, distance="mae", coefs=(0.6, 0.5, 0.4), **settings):
@@ -368,19 +364,15 @@ def test_guidance_equals_each_sample_alone(golden, doubled_state, channels):
         network = stepwise_network((0.9, 0.6), label_weight=0.1)
         z, noise = golden["z"][rows], golden["noise_per_step"][:, rows]
         labels = torch.tensor([1, 3, 5, 7])[rows]
-        labels = torch.cat([labels, torch.full_like(labels, 10)])
+        guided = ClassifierFreeGuidance(network, 1.5, 10, channels)
+
+        def predict(x, t):
+            out = guided(x[: len(labels)], t[: len(labels)], labels)
+            return torch.cat([out, out]) if doubled_state else out
+
         if doubled_state:  # the unconditional half strays; it must not decide
-
-            def predict(x, t):
-                return network.forward_with_cfg(x, t, labels, 1.5, channels)
-
             z, noise = torch.cat([z, 3 * z]), torch.cat([noise, noise.flip(0)], dim=1)
-        else:
-
-            def predict(x, t):
-                return network.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, 1.5, channels).chunk(2)[0]
-
-        return network, sample(network, sde_steps(predict, z, noise), len(labels) // 2)[: len(labels) // 2]
+        return network, sample(network, sde_steps(predict, z, noise), len(labels))[: len(labels)]
 
     together, x = run(slice(None), doubled_state)
     assert len(together.switch_steps.unique(dim=0)) > 1
@@ -409,15 +401,15 @@ def test_real_networks_in_one_batch():
     null = torch.full_like(y, 10)
     with torch.no_grad():
         out = network(x, t, y)
-        guided = network.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), 2.5, None)
+        guided = ClassifierFreeGuidance(network, 2.5, 10, None)(x, t, y)
         both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
-        assert guided.shape == both.shape == (10, 8, 16, 16)
+        assert guided.shape == out.shape == (5, 8, 16, 16) and both.shape == (10, 8, 16, 16)
         for k, stage in enumerate([2, 0, 1, 0, 2]):
             one = slice(k, k + 1)
             pair = torch.cat([x[one], x[one]]), torch.cat([t[one], t[one]]), torch.cat([y[one], null[one]])
             assert_close(out[one], models[stage](x[one], t[one], y[one]), rtol=1e-5, atol=1e-5)
             expected = models[stage].forward_with_cfg(*pair, 2.5, None)
-            assert_close(guided[[k, k + 5]], expected, rtol=1e-5, atol=1e-5)
+            assert_close(guided[one], expected[:1], rtol=1e-5, atol=1e-5)
             assert_close(both[[k, k + 5]], models[stage](*pair), rtol=1e-5, atol=1e-5)
     assert network.calls.sum(dim=1).tolist() == [3] * 5
     assert network.evaluations.sum(dim=1).tolist() == [5] * 5
@@ -481,14 +473,25 @@ def test_another_batch_size_than_begun(begun, given):
     if begun:
         network.begin(begun)
     x, t, y = torch.zeros(given, 4, 8, 8), torch.zeros(given), torch.zeros(given, dtype=torch.long)
-    for use in (lambda: network(x, t, y), lambda: network.observe(x), lambda: network.forward_with_cfg(x, t, y, 2.0)):
+    for use in (lambda: network(x, t, y), lambda: network.observe(x)):
         with pytest.raises(ValueError, match=r"call begin\(batch_size\)"):
             use()
     assert network.calls.sum() == 0
 
 
-def test_guidance_needs_pairs():
+@pytest.mark.parametrize("given", [1, 3, 5, 8])
+def test_guidance_of_another_batch_size_than_begun(given):
     network = stepwise_network((0.9, 0.5))
     network.begin(4)
-    with pytest.raises(ValueError, match="4 samples doubled, got 4"):
-        network.forward_with_cfg(torch.zeros(4, 4, 8, 8), torch.zeros(4), torch.zeros(4), 2.0)
+    guided = ClassifierFreeGuidance(network, 2.0, 10)
+    with pytest.raises(ValueError, match=rf"{2 * given} samples in a batch of 4: call begin\(batch_size\)"):
+        guided(torch.zeros(given, 4, 8, 8), torch.zeros(given), torch.zeros(given, dtype=torch.long))
+
+
+def test_guidance_of_half_a_batch_is_found_out_by_its_state():
+    """Doubled it is as long as the batch."""
+    network = stepwise_network((0.9, 0.5))
+    network.begin(4)
+    x = ClassifierFreeGuidance(network, 2.0, 10)(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"a state of 2 samples in a batch of 4: call begin\(batch_size\)"):
+        network.observe(x)

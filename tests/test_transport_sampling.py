@@ -411,6 +411,10 @@ def test_likelihood_where_gradients_are_off(method):
         ("sde", {"num_steps": 1}, "num_steps counts the points of the time grid: a whole number, at least 2; got 1"),
         ("ode", {"sampling_method": "ab5"}, "sampling_method must be one of euler, heun2, ab2, ab3, ab4, heun, dopri5"),
         ("ode", {"num_steps": 2.5}, "num_steps counts"),
+        *(
+            ("ode", {"sampling_method": f"AB{k}", "num_steps": k}, f"ab{k} takes at least {k + 1} points in time, got {k}")
+            for k in (2, 3, 4)
+        ),
         ("ode", {"atol": -1e-6}, "atol must be a number"),
         ("ode", {"atol": 0, "rtol": 0}, "atol and rtol must not both be 0"),
     ],

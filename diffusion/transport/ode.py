@@ -25,9 +25,9 @@ class ODE:
     """A sampler's options, checked when they are given (ValueError).
 
     sampling_method: euler, heun (heun2), ab2, ab3 or ab4 of :mod:`diffusion.solvers`, or a method of torchdiffeq. num_steps:
-    points of the even time grid, so num_steps - 1 solver steps; an adaptive method takes its own steps and meets an error of
-    atol + rtol |x|. reverse: from data to noise. per_sample: torchdiffeq's methods solve each sample on its own; otherwise the
-    steps of an adaptive or iterating one, and so each sample, depend a little on the batch.
+    points of the even time grid, so num_steps - 1 solver steps, which of abK must be at least K; an adaptive method takes its
+    own steps and meets an error of atol + rtol |x|. reverse: from data to noise. per_sample: torchdiffeq's methods solve each
+    sample on its own; otherwise the steps of an adaptive or iterating one, and so each sample, depend a little on the batch.
     """
 
     transport: Transport
@@ -45,6 +45,11 @@ class ODE:
         method = choose("sampling_method", self.sampling_method, names)
         object.__setattr__(self, "sampling_method", solvers.ALIASES.get(method, method))
         require_num_steps(self.num_steps)
+        order = solvers.METHODS.get(self.sampling_method) or 1
+        if self.num_steps <= order:  # no step would be of its order
+            raise ValueError(
+                f"{method} takes at least {order + 1} points in time, got {self.num_steps}: with so few, take heun"
+            )
         for name in ("atol", "rtol"):
             require_number(name, getattr(self, name), 0)
         if not self.atol + self.rtol > 0:
