@@ -9,9 +9,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -22,14 +21,18 @@ import extract_features
 import train_mask_adan
 from runtime import cli
 from tests.fuzz_shards import write_in_shards
-from tests.fuzzing import CLEAR, FAILURE, HERE, NOT_ENDED, SUCCESS, USAGE, Outcome, Tally, Worked, case_folder, draw, run_case
+from tests.fuzzing import CLEAR, FAILURE, HERE, NOT_ENDED, SUCCESS, USAGE, Outcome, Tally, case_folder, draw, run_case
 from tests.launch import BIN, ROOT
+from tests.parsers import parse_only, parser_of
 from tests.sit_checkpoints import TRANSPORT, random_checkpoint
+from time_step_wise_adjusting import sample_ddp_three
 
 SAMPLING = "--vae pixels --num-sampling-steps 3"
 MANY = f"{SAMPLING} --sample-dir {HERE}/out --num-fid-samples 3 --per-proc-batch-size 2"
+LOOK = "--vae pixels --num-images 2 --num-sampling-steps 2"
 LENGTH = f"--results-dir {HERE}/runs --global-batch-size 4 --max-steps 1"
 STAGES = f"--ckpt1 {HERE}/sit1.pt --ckpt2 {HERE}/sit4.pt --ckpt3 {HERE}/sit16.pt --first-several-num 1"
+SWITCHING = f"SDE {STAGES} {MANY} --switch-ratio1 0.8 --switch-ratio2 0.6"
 
 
 def _training(model: str, *sources: str) -> tuple[str, ...]:
@@ -41,32 +44,45 @@ FROM_STORE, FROM_IMAGES = (
     f"--data-path {HERE}/images --image-size 16 --vae pixels --num-workers 0",
 )
 DUMMY = "--dummy --image-size 16 --vae pixels --num-classes 3"
+EVAL = f"--eval-every 1 --eval-ref {HERE}/ref16.npz --eval-features pixels --eval-samples 4 --eval-steps 3"
+PROFILES = "--ema-profiles 0.05,0.1"
 LOWER = f"--resume-ckpt-low-resolution {HERE}/small.pt --image-size 16 --mediator-num 4"
 
 # Script -> good command lines, short enough to be run to the end.
 BASES = {
     "train_mask_adan": _training(
-        "EDT-Ti/2", FROM_STORE, FROM_IMAGES, DUMMY, f"{FROM_STORE} --resume auto", f"{FROM_STORE} --init-from {HERE}/edt.pt"
+        "EDT-Ti/2",
+        f"{FROM_STORE} {PROFILES}",
+        FROM_IMAGES,
+        DUMMY,
+        f"{FROM_STORE} --resume auto",
+        f"{FROM_STORE} --init-from {HERE}/edt.pt",
+        f"{FROM_STORE} {EVAL}",
     ),
-    "attention_mediator.train": _training("SiT-Ti/2", FROM_STORE, f"{FROM_IMAGES} --mediator-num 4"),
+    "attention_mediator.train": _training("SiT-Ti/2", FROM_STORE, f"{FROM_IMAGES} --mediator-num 4 {EVAL} {PROFILES}"),
     "attention_mediator.train_256to512": _training("SiT-Ti/2", f"{FROM_STORE} {LOWER}", f"{FROM_IMAGES} {LOWER}"),
     "attention_mediator.train_512to1024": _training("SiT-Ti/2", f"{FROM_STORE} {LOWER}"),
     "extract_features": (
         f"--data-path {HERE}/images --features-path {HERE}/new --vae pixels --image-size 16 --num-workers 0",
         f"--data-path {HERE}/images --features-path {HERE}/store --vae pixels --image-size 16 --num-workers 0",
     ),
-    "sample_ddp": (f"--ckpt {HERE}/edt.pt {MANY}", f"--ckpt {HERE}/sit4.pt {MANY} --mode ODE --sampling-method euler"),
+    "sample_ddp": (
+        f"--ckpt {HERE}/edt.pt {MANY}",
+        f"--ckpt {HERE}/edt.pt {MANY} --solver dpm++2m --cfg-scale 2 --guide-ckpt {HERE}/edt.pt --guide-weights model",
+        f"--ckpt {HERE}/sit4.pt {MANY} --mode ODE --sampling-method euler",
+    ),
     "inference": (
         f"--ckpt {HERE}/edt.pt {SAMPLING} --classes 0,1 --per-class 1 --out {HERE}/grid.png",
-        f"--ckpt {HERE}/sit4.pt {SAMPLING} --classes 0 --per-class 2 --out {HERE}/grid.png --trajectory 2",
+        f"--ckpt {HERE}/sit4.pt {SAMPLING} --classes 0 --per-class 2 --out {HERE}/grid.png --trajectory 2 --solver ab2",
     ),
     "attention_mediator.sample_ddp": (
         f"SDE --ckpt {HERE}/sit4.pt {MANY}",
+        f"SDE --ckpt {HERE}/sit4.pt {MANY} --solver heun --cfg-scale 2 --guide-ckpt {HERE}/sit1.pt",
         f"ODE --ckpt {HERE}/sit4.pt {MANY} --sampling-method heun",
         f"ODE --ckpt {HERE}/sit4.pt {MANY} --likelihood",
     ),
     "time_step_wise_adjusting.sample_ddp_three": (
-        f"SDE {STAGES} {MANY} --switch-ratio1 0.8 --switch-ratio2 0.6",
+        SWITCHING,
         f"ODE --ckpts {HERE}/sit4.pt {HERE}/sit16.pt {MANY} --switch-ratios 0.9",
     ),
     "sampling.calibrate_switch": (f"SDE {STAGES} --num-sampling-steps 5 --num-samples 2 --budget-gmac 0.03",),
@@ -80,8 +96,19 @@ BASES = {
         f"convert {HERE}/sit4.pt {HERE}/new.safetensors",
     ),
     "models.__main__": ("--image-size 64",),
+    "models.show_amm": (
+        f"--model EDT-Ti/2 --amm exp:1 --image-size 64 --out {HERE}/new.png",
+        f"--ckpt {HERE}/edt.pt --blocks 0,1 --out {HERE}/new.png {LOOK}",
+    ),
+    "models.show_mediators": (f"--ckpt {HERE}/sit4.pt {HERE}/sit16.pt --out {HERE}/new.png {LOOK}",),
+    "sampling.show_switching": (f"{HERE}/switched --out {HERE}/new.png", f"{HERE}/switched {HERE}/switched --titles a b"),
+    "training.posthoc_ema": (
+        f"{HERE}/runs/000-EDT-Ti-2 --sigma-rel 0.08 --out {HERE}/new.safetensors",
+        f"{HERE}/runs/000-EDT-Ti-2 --sigma-rel 0.05,0.12 --step 1 --out {HERE}/new-{{}}.pt",
+    ),
     "training.consolidate": (f"{HERE}/sharded {HERE}/new.pt", f"{HERE}/sharded {HERE}/edt.pt --force"),
-    # Of these only the parser: a benchmark times what it does.
+    # Of these only the parser: a benchmark times what it does, a page waits.
+    "app": (f"--ckpt {HERE}/edt.pt", f"--ckpts {HERE}/sit4.pt {HERE}/sit16.pt --mode ODE --solver ab2 --frames 3"),
     "benchmarks.compare": ("--size Ti",),
     "benchmarks.plot": (f"{HERE}/results.json",),
     "benchmarks.run": ("--size Ti",),
@@ -95,7 +122,7 @@ BASES = {
     "examples.steps": (f"report --measured {HERE}/steps --out {HERE}/e",),
     "examples.compare": ("steps --model EDT-Ti/2 --batch-size 4 --budget-gmac 5", f"report --data a --runs b --out {HERE}/c"),
 }
-PARSED_ONLY = ("benchmarks.", "examples.")
+PARSED_ONLY = ("app", "benchmarks.", "examples.")
 FACTS_OF_FOLDERS = ("settings.json", "meta.json")  # of samples and of a store, written before what they are about
 
 NUMBERS = (
@@ -110,14 +137,16 @@ PATHS = tuple(
         "module.pt", "labels.txt", "runs", "runs/000-EDT-Ti-2", "runs/000-EDT-Ti-2/checkpoints/latest", "missing",
         "missing/deep/file.pt", "missing.npz", "missing.safetensors", "empty", "text.txt", "text.txt/below", "broken", "loop",
         "fifo", "fifo.pt", "fifo.npz", "empty.pt", "empty.npz",
-        "noise.pt", "noise.npz", "noise.safetensors", "locked", "locked/file", "a" * 300, "ünïcode-Ω-文.pt", "new line\n.pt",
+        "noise.pt", "noise.npz", "noise.safetensors", "locked", "locked/file", "a" * 300, "picture.png",
+        "missing/picture.svg", "locked/picture.pdf", "switched", "ref16.npz", "ünïcode-Ω-文.pt", "new line\n.pt",
         "",
     )
 )  # fmt: skip
 WORDS = (
     "", " ", "pixels", "ema", "sd-vae-ft-ema", "auto", "random", "balanced", "None", "True", "False", "0,1", "0,99", "-1,0",
-    ",", "exp:1,2", "exp:", "cos:999", "inception", "inception-tf", "timm:", "timm:no_such", "timm:vit_tiny_patch16_224",
-    "dopri5", "euler", "Heun", "ab4", "bosh3", "scipy_solver", "nul\0byte", "x" * 5000, "é", "文", "\udcff", "{}", "%s",
+    ",", "0.06,0.2", "exp:1,2", "exp:", "cos:999", "inception", "inception-tf", "timm:", "timm:no_such",
+    "timm:vit_tiny_patch16_224", "dopri5", "euler", "Heun", "ab4", "bosh3", "dpm++2m", "unipc", "scipy_solver",
+    "nul\0byte", "x" * 5000, "é", "文", "\udcff", "{}", "%s",
     "owner/name",
     "owner/name@main/file.pt", "https://user:s3cret-pass@host.invalid/a.pt?token=t0ken-value", "http://[::1", "https://",
     "file:///no/such/file.pt", "file://host/file.pt", "https://host.invalid/a.pt#sha256=12", "ftp://host.invalid/a.pt",
@@ -128,10 +157,6 @@ KEPT_SMALL = {
     "num_workers": ("0", "1", "-1", "x", "1.5"),
     "model": ("EDT-Ti/2", "SiT-Ti/2", "DiT-Ti/2", "MDTv2-Ti/2", "EDT-S/2", "EDT-Q/2", "edt-ti/2"),
 }
-
-
-class _Parsed(BaseException):
-    """Carries a script's parser out of it."""
 
 
 @dataclass(frozen=True)
@@ -150,31 +175,14 @@ def main_of(script: str) -> Callable:
     if hasattr(module, "parse"):
         return module.parse
 
-    def parse_only(argv: list[str]) -> None:
-        parse = cli.ArgumentParser.parse_args
-
-        def stop(*args, **kwargs):
-            parse(*args, **kwargs)
-            raise Worked
-
-        with mock.patch.object(cli.ArgumentParser, "parse_args", stop):
-            module.main(argv)
-
-    return parse_only
+    return partial(parse_only, module.main)
 
 
 @cache
 def flags_of(script: str) -> dict[str, tuple[Flag, ...]]:
     """Every flag of a script's parser, by sub-command; "" where it has none."""
 
-    def catch(parser, *args, **kwargs):
-        raise _Parsed(parser)
-
-    with mock.patch.object(cli.ArgumentParser, "parse_args", catch):
-        try:
-            importlib.import_module(script).main([])
-        except _Parsed as parsed:
-            (parser,) = parsed.args
+    parser = parser_of(script)
     subparsers = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     parsers = subparsers[0] if subparsers else {"": parser}
     return {
@@ -184,7 +192,7 @@ def flags_of(script: str) -> dict[str, tuple[Flag, ...]]:
 
 
 def _flag(action: argparse.Action) -> Flag:
-    accepted = [value for value in (*NUMBERS, *WORDS) if action.type and _takes(action.type, value)]
+    accepted = [value for value in (*NUMBERS, *WORDS, *PATHS) if action.type and _takes(action.type, value)]
     if action.dest in KEPT_SMALL:
         values = KEPT_SMALL[action.dest]
     elif isinstance(action, cli.BooleanFlag):
@@ -249,8 +257,9 @@ def make_inputs(folder: Path) -> Path:
     (run,) = (folder / "runs").iterdir()
     os.link(run / "checkpoints" / "0000001.pt", folder / "edt.pt")
     write_in_shards(folder / "sharded")
-    for name, extra in (("ref", {}), ("samples", {"arr_1": rng.integers(0, 3, 12)})):
-        np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (12, 4, 4, 3), np.uint8), **extra)
+    for name, side, extra in (("ref", 4, {}), ("samples", 4, {"arr_1": rng.integers(0, 3, 12)}), ("ref16", 16, {})):
+        np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (12, side, side, 3), np.uint8), **extra)
+    sample_ddp_three.main(SWITCHING.replace("/out", "/switched").replace(HERE, str(folder)).split())
     torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4)), folder / "module.pt")
     (folder / "labels.txt").write_text("0\n1\n2\n")
     _add_odd_ones(folder, rng)

@@ -230,6 +230,7 @@ def _as_a_process(folder: Path, argv: list[str]) -> Iterator[None]:
             mock.patch.object(socket, "getaddrinfo", _no_network),
             mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),  # it would try again for a minute
             mock.patch.object(torch.nn.Module, "compile", lambda *args, **kwargs: None),  # it takes minutes
+            mock.patch.object(torch, "compile", lambda forward, **kwargs: forward),
             torch.random.fork_rng(devices=[]),
             warnings.catch_warnings(),
             _work_is_cut_short(),

@@ -1,10 +1,11 @@
-"""Every script's parser, without running the script."""
+"""Every script's parser, and its verdict on a command line, without running the script."""
 
 import argparse
 import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from unittest import mock
 
@@ -50,6 +51,22 @@ def parser_of(script: str) -> argparse.ArgumentParser | None:
         except _Caught as caught:
             return caught.args[0]
     raise AssertionError(f"{script} has a main without a parser")
+
+
+def parse_only(main: Callable, argv: Sequence[str]) -> None:
+    """``main(argv)`` up to where its parser has taken the arguments."""
+    parse = cli.ArgumentParser.parse_args
+
+    def stop(parser, *args, **kwargs):
+        parse(parser, *args, **kwargs)
+        raise _Caught(parser)
+
+    with mock.patch.object(cli.ArgumentParser, "parse_args", stop):
+        try:
+            main(argv)
+        except _Caught:
+            return
+    raise AssertionError(f"{main.__module__} does not parse its arguments")
 
 
 def with_subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,10 +18,10 @@ import pytest
 import train_mask_adan
 from diffusion.transport.paths import PATHS
 from models.registry import CONFIGS, FAMILIES
-from runtime import cli
 from tests import edt_checkpoints, sit_checkpoints
 from tests.documents import PAGES, Command, commands, make_targets
 from tests.launch import ROOT, run_job
+from tests.parsers import parse_only
 
 SMALL_RUN = "--max-steps 2 --global-batch-size 4 --log-every 1 --ckpt-every 1"
 SMALL_METRICS = "--eval-features pixels --eval-samples 4 --eval-steps 3"
@@ -223,21 +222,6 @@ def script_of(idea: Command) -> str:
 
 def load(program: str):
     return importlib.import_module(program.removesuffix(".py").replace("/", "."))
-
-
-class Parsed(Exception):
-    """The parser has taken the arguments."""
-
-
-def parse_only(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    parse = cli.ArgumentParser.parse_args
-
-    def stop(*args, **kwargs):
-        parse(*args, **kwargs)
-        raise Parsed
-
-    with mock.patch.object(cli.ArgumentParser, "parse_args", stop), pytest.raises(Parsed):
-        main(arguments)
 
 
 def from_recipe(command: Command) -> Command:
