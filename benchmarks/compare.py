@@ -36,7 +36,7 @@ from models.macs import multiply_accumulates, trained_parameters, training_multi
 from models.registry import PUBLISHED, build_network, model_config
 from runtime import cli
 from runtime.distributed import start_training, working_dtype
-from runtime.files import atomic_file
+from runtime.figures import save_figure
 from training.step import TrainingStep
 
 FOLDER = RESULTS.parent
@@ -306,8 +306,7 @@ def draw(path: Path, title: str, systems: Sequence[System], modes: Sequence[str]
         axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()  # shared
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=0.4)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import extract_features
 from benchmarks.report import RESULTS, environment, markdown, number, write_section
 from examples.digits import IMAGE_SIZE, prepare
 from runtime import cli
-from runtime.files import atomic_file
+from runtime.figures import save_figure
 from training.checkpoint import METRICS
 
 TITLE = "Training curves: bf16 against fp32"
@@ -123,8 +123,7 @@ def draw(fp32: np.ndarray, bf16: np.ndarray, path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def describe(rows: Sequence[dict[str, float]], args: argparse.Namespace) -> str:

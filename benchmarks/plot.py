@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.report import number, percent
 from benchmarks.rows import ALONE, AMM, PLAIN, Row, read_parts
 from runtime import cli
-from runtime.files import atomic_file
+from runtime.figures import picture, save_figure
 
 PANELS = {"forward": "forward", "training": "training step"}
 COLORS = {
@@ -42,8 +42,7 @@ def draw(results: Path, out: Path | None = None) -> Path | None:
         _draw_panel(axes, rows)
         axes.set(title=PANELS[work], xlabel="GFLOP/s of the plain formulation's matrix products")
     figure.legend(*_legend(panels), loc="outside lower center", ncols=5, fontsize=9)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path)
     return path
 
 
@@ -87,7 +86,7 @@ def _legend(panels: dict[str, list[Row]]) -> tuple[list, list[str]]:
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, help="the JSON that benchmarks.run writes beside RESULTS.md")
-    parser.add_argument("--out", type=Path, help="the picture (default: beside the JSON, under its name)")
+    parser.add_argument("--out", type=picture, help="the picture (default: beside the JSON, under its name)")
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.projection import TrainingProjection, fit_power
 from benchmarks.report import percent
-from runtime.files import atomic_file
+from runtime.figures import save_figure
 
 
 def draw(
@@ -31,8 +31,7 @@ def draw(
         measured = ", ".join(f"{p}: {percent(processes[1] / seconds)}" for p, seconds in processes.items() if p > 1)
         if measured:
             right.text(0.02, 0.03, f"efficiency measured here, by processes: {measured}", transform=right.transAxes, fontsize=8)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _number_axis(axes) -> None:

@@ -15,7 +15,8 @@ from models.checkpoints import read_checkpoint, read_file
 from models.macs import multiply_accumulates, trained_parameters, training_multiply_accumulates
 from models.registry import model_config, model_names
 from runtime import cli
-from runtime.files import atomic_file, write_json
+from runtime.figures import save_figure
+from runtime.files import write_json
 from sampling.writers import SETTINGS
 from training.checkpoint import checkpoint_files
 
@@ -113,8 +114,7 @@ def draw(networks: Sequence[dict], path: Path) -> None:
             axes.yaxis.set(major_formatter=ScalarFormatter(), minor_formatter=ScalarFormatter())  # 3, not 3 x 10^0
         axes.grid(alpha=0.3, which="both")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(networks))
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def print_tables(figures: dict) -> None:

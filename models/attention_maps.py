@@ -41,11 +41,6 @@ class MediatorMap:
     gather: Tensor
     read: Tensor
 
-    @property
-    def joint(self) -> Tensor:
-        """What each token takes from the tokens by way of the mediators, (B, H, N, N); a row sums to 1."""
-        return self.read @ self.gather
-
 
 def map_of(attention: BiasedAttention, x: Tensor, bias: Tensor | tuple[Tensor, ...] | None) -> AttentionMap | MediatorMap:
     """x and bias: what ``attention.forward`` is called with."""

@@ -64,18 +64,19 @@ def modulations(config: object, amm: AMM) -> list[Modulation]:
 
 def draw_modulations(found: Sequence[Modulation], title: str, queries: Sequence[tuple[float, float]]):
     """A row for each: the factor against distance, the matrix, and the factors around each query. -> Figure"""
-    from matplotlib.colors import TwoSlopeNorm  # imported here: it costs half a second
+    from matplotlib import colormaps  # imported here: it costs half a second
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
     columns = 2 + len(queries)
     figure = Figure(figsize=(2.5 * columns + 0.8, 2.75 * len(found) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=12)
+    colors = colormaps["RdBu_r"].with_extremes(bad="0.25")
     for part, modulation in zip(np.atleast_1d(figure.subfigures(len(found), 1)), found, strict=True):
         part.suptitle(modulation.title, fontsize=10)
         grid, form = modulation.grid, modulation.form
         matrix = amm_matrix(grid, form, torch.float64).numpy()
         norm = TwoSlopeNorm(1.0, 0.0, MAXIMA[form])
-        colors = _colors("RdBu_r", bad="0.25")
         curve, whole, *around = part.subplots(1, columns)
         curve.plot(*by_distance(matrix, grid), marker=".", markersize=3)
         curve.axhline(1, color="0.6", linewidth=0.8)
@@ -92,12 +93,6 @@ def draw_modulations(found: Sequence[Modulation], title: str, queries: Sequence[
         bar = part.colorbar(drawn, ax=around, shrink=0.85, label="factor (dark: 0, cut off)")
         bar.set_ticks([0, 0.5, 1, MAXIMA[form]], labels=["0", "0.5", "1", f"{MAXIMA[form]:.2f}"])
     return figure
-
-
-def _colors(name: str, bad: str):
-    from matplotlib import colormaps
-
-    return colormaps[name].with_extremes(bad=bad)
 
 
 def draw_attention(
@@ -176,11 +171,15 @@ def _draw_curve(axes, mean: dict[str, np.ndarray], grid: int) -> None:
         axes.legend(fontsize=6)
 
 
+def _cfg_scale(args: argparse.Namespace) -> float:
+    return 1.0 if args.cfg_scale is None else args.cfg_scale
+
+
 def observe(args: argparse.Namespace) -> tuple[Checkpoint, dict[int, AttentionMap], Probe, np.ndarray]:
     """-> the checkpoint, the maps of the chosen blocks, what they are of, and the first image with its noise."""
     device = start().device
     checkpoint = read_checkpoint(fetch(args.ckpt), args.weights, args.model)
-    amm = resolve_amm(args.model or checkpoint.model, args.amm, args.cfg_scale or 1.0, checkpoint.config.input_size)
+    amm = resolve_amm(args.model or checkpoint.model, args.amm, _cfg_scale(args), checkpoint.config.input_size)
     if not (args.blocks or amm):
         raise ValueError("--no-amm leaves no blocks to choose: name them, as --blocks 3,5")
     model = prepare(build_model(checkpoint, name=args.model, amm=amm).to(device))
@@ -200,7 +199,7 @@ def show_matrices(args: argparse.Namespace):
     """The figure without a checkpoint. Raises ValueError for a model without a placement, and blocks that are not in it."""
     size = {"input_size": args.image_size // VAE_DOWNSAMPLE} if args.image_size else {}
     config = model_config(args.model, **size)
-    amm = resolve_amm(args.model, args.amm, args.cfg_scale or 1.0, config.input_size)
+    amm = resolve_amm(args.model, args.amm, _cfg_scale(args), config.input_size)
     if amm is None:
         raise ValueError("--no-amm leaves nothing to draw: for attention without AMM pass --ckpt and --blocks")
     missing = [block for block in args.blocks or () if block not in amm.blocks]

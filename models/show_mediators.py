@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from data.codec import Codec
 from models.attention_maps import MediatorMap, attention_maps, check_blocks
 from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.inference import prepare
@@ -22,7 +21,7 @@ from models.token_plots import CLIPPED, color_bar, heat_map, mark, position, tok
 from runtime import cli
 from runtime.distributed import start
 from runtime.fetch import fetch
-from runtime.figures import picture, save_figure
+from runtime.figures import picture, plain, save_figure
 from runtime.files import check_writable
 from sampling.alike import require_common
 from sampling.options import CKPT_HELP, find_codec
@@ -56,7 +55,7 @@ def maps_of(found: MediatorMap, query: tuple[float, float], head: int | None) ->
     n, mediators = found.grid, found.mediator_side**2
     gather = found.gather[:, heads].mean((0, 1)).view(mediators, n, n)
     read = found.read[:, heads].mean((0, 1)).t().reshape(mediators, n, n)
-    joint = found.joint[0, heads].mean(0)[token_at(query, n)].view(n, n)
+    joint = (found.read[0, heads, token_at(query, n), None] @ found.gather[0, heads]).mean(0).view(n, n)
     values = (n**2 * gather, mediators * read, n**2 * joint)
     return {name: value.cpu().numpy() for name, value in zip(ROWS, values, strict=True)}
 
@@ -126,14 +125,14 @@ def observe(args: argparse.Namespace) -> tuple[dict[str, MediatorMap], Probe, li
     for other in checkpoints[1:]:
         require_common(checkpoints[0], other, "checkpoints side by side")
     models = [build(args, checkpoint, device) for checkpoint in checkpoints]
-    codec: Codec = find_codec(args.vae, checkpoints[0], device)
+    codec = find_codec(args.vae, checkpoints[0], device)
     probe = make_probe(args, checkpoints[0], models[0], codec)
     x, t = noised(checkpoints[0], probe, args.level, args.seed)
     columns = {}
     for path, model in zip(args.ckpt, models, strict=True):
         found = attention_maps(model, [args.block], x, t, probe.labels)[args.block]
         name = f"M = {found.mediator_side**2}"
-        columns[name if name not in columns else f"{name}, {path}"] = found
+        columns[name if name not in columns else f"{name}, {plain(path)}"] = found
     return columns, probe, [probe.images[0], codec.decode(x[:1]).cpu().numpy()[0]]
 
 

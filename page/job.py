@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from page.library import Library
 from page.settings import Limits, Pictures, Side, flags
 from page.turns import in_turns
 from sampling.alike import require_common
-from sampling.generate import Guidance, generate
+from sampling.generate import Guidance, evenly_spread, generate
 from sampling.guidance_options import read_guidance
 from sampling.samplers import Sampler, SwitchingSampler
 from sampling.solver_options import build_sampler
@@ -86,19 +86,9 @@ class _Watched:
 
     inner: Sampler
     after: Callable[[int, dict[str, Tensor]], None]
-    may_be_filled: ClassVar[bool] = False
 
-    @property
-    def num_steps(self) -> int:
-        return self.inner.num_steps
-
-    @property
-    def num_solver_steps(self) -> int:
-        return self.inner.num_solver_steps
-
-    @property
-    def settings(self) -> dict:
-        return self.inner.settings
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
     def __call__(self, model, noise, y, step_noise) -> Iterator[dict[str, Tensor]]:
         for k, out in enumerate(self.inner(model, noise, y, step_noise), start=1):
@@ -135,7 +125,7 @@ def frames(library: Library, made: Recipe, pictures: Pictures, num_frames: int) 
     ``generate(range(N), seed=...)`` in one batch."""
     labels = pictures.of_each
     last = made.sampler.num_steps
-    shown = set(np.linspace(1, last, num_frames).round().astype(int).tolist()) if num_frames > 1 else {last}
+    shown = evenly_spread(last, num_frames)
 
     def work(report: Callable[[Frame | None], None]) -> None:
         meter = _Meter(library, len(labels))

@@ -14,17 +14,18 @@ import gradio as gr
 import torch
 from gradio.components import Component
 
-from page.figures import comparison, heading, picture, placeholder
+from page.html import comparison, data_url, heading, picture, placeholder
 from page.job import run
 from page.library import Library
 from page.safety import middleware
-from page.settings import EVERYWHERE, Limits, Pictures, Side, solver_names
+from page.settings import EVERYWHERE, Limits, Pictures, Side, solver_names, start_solver
 from runtime.redact import redact
 
 TURNS = "all in turn"
 NULL_LABEL = "the null label"
 QUICK = {"gaussian": "dpm++2m", "transport": "ODE ab2"}  # what side B starts with
 QUICK_STEPS = 20
+MAX_WAITING = 16
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 QUIET = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # an event that waits for no job
 DARK = "() => { document.body.classList.toggle('dark'); }"
@@ -90,14 +91,13 @@ def _ratios(text: str) -> tuple[float, ...]:
 
 def _start_solver(library: Library, index: int, quick: bool) -> str:
     """What a side starts with: as the flags say, or few steps."""
-    args, names = library.args, solver_names(library.checkpoints[index])
-    gaussian = library.checkpoints[index].objective["name"] == "gaussian"
-    asked = args.solver or ("ddim" if args.ddim else args.sampling_method)
-    if not gaussian:
-        asked = f"{args.mode or 'SDE'} {(asked or names[0].split()[1]).lower()}"
+    checkpoint = library.checkpoints[index]
     if quick:
-        asked = QUICK["gaussian" if gaussian else "transport"]
-    return asked if asked in names else names[0]
+        return QUICK[checkpoint.objective["name"]]
+    try:
+        return start_solver(library.args, checkpoint)
+    except ValueError:  # the flags are for the first checkpoint, perhaps of other mathematics
+        return solver_names(checkpoint)[0]
 
 
 def _side(library: Library, name: str, limits: Limits) -> Controls:
@@ -120,27 +120,32 @@ def _side(library: Library, name: str, limits: Limits) -> Controls:
             with gr.Row():
                 scale = gr.Slider(0, 15, value=args.cfg_scale, step=0.1, label="Guidance scale", elem_id=f"scale-{name}")
                 amm = gr.Dropdown(
-                    ["off", "on"], value="off", allow_custom_value=True, elem_id=f"amm-{name}", **_amm_texts(library, index)
-                )
+                    ["off", "on"], value="off", allow_custom_value=True, elem_id=f"amm-{name}",
+                    **_amm_texts(library, index, args.cfg_scale),
+                )  # fmt: skip
         with gr.Group(visible=args.cfg_scale != 1) as guidance:
             channels, low, high, power, guide = _guidance(library, name, titles, index)
         with gr.Group(visible=False) as turns, gr.Row():
             ratios = gr.Textbox("0.3, 0.1", label="Switch ratios, falling: one fewer than models", elem_id=f"ratios-{name}")
             first = gr.Number(3, precision=0, minimum=1, label="First changes, the reference", elem_id=f"first-{name}")
 
-    def choose(chosen: str):
-        number = 0 if chosen == TURNS else titles.index(chosen)
-        fitting = solver_names(library.checkpoints[number], in_turn=chosen == TURNS)
-        value = _start_solver(library, number, quick)
+    def number_of(chosen: str) -> int | None:
+        return None if chosen == TURNS else titles.index(chosen)
+
+    def choose(chosen: str, cfg_scale: float | None):
+        number = number_of(chosen) or 0
         return (
-            gr.update(choices=fitting, value=value),
-            gr.update(value="off", **_amm_texts(library, None if chosen == TURNS else number)),
+            gr.update(choices=solver_names(library.checkpoints[number]), value=_start_solver(library, number, quick)),
+            gr.update(value="off", **_amm_texts(library, number_of(chosen), cfg_scale)),
             gr.update(visible=chosen == TURNS),
             gr.update(value=_published_power(library, number)),
         )
 
-    model.input(choose, model, [solver, amm, turns, power], **QUIET)
-    scale.change(lambda value: gr.update(visible=value != 1), scale, guidance, **QUIET)
+    def rescale(chosen: str, cfg_scale: float | None):
+        return gr.update(visible=cfg_scale != 1), gr.update(**_amm_texts(library, number_of(chosen), cfg_scale))
+
+    model.input(choose, [model, scale], [solver, amm, turns, power], **QUIET)
+    scale.change(rescale, [model, scale], [guidance, amm], **QUIET)
     return Controls(model, solver, steps, amm, scale, channels, low, high, power, guide, ratios, first)
 
 
@@ -166,8 +171,9 @@ def _guidance(library: Library, name: str, titles: list[str], index: int) -> tup
     return channels, from_, to, power, guide
 
 
-def _amm_texts(library: Library, index: int | None) -> dict:
-    placement = None if index is None else library.placement(index)
+def _amm_texts(library: Library, index: int | None, cfg_scale: float | None) -> dict:
+    """Of the choice of AMM. index: of the model, None for all in turn. cfg_scale: None while the field is empty."""
+    placement = None if index is None else library.placement(index, 1.0 if cfg_scale is None else cfg_scale)
     return {"label": f"AMM (on = {placement})" if placement else "AMM", "visible": placement is not None}
 
 
@@ -201,11 +207,11 @@ def build(library: Library) -> gr.Blocks:
             dark = gr.Button("Dark / light", size="sm", scale=0, min_width=110)
         with gr.Row(equal_height=True):
             choices = [(name if name == str(label) else f"{name} ({label})", label) for label, name in enumerate(names)]
-            start = list(range(min(len(names), 4)))
+            start = list(range(min(len(names), limits.images, 4)))
             labels = gr.Dropdown(choices, value=start, multiselect=True, label="Classes", scale=4, elem_id="classes")
             most = max(1, min(limits.images, 16))
             per_class = gr.Slider(
-                1, most, value=min(4, max(1, limits.images // len(start))), step=1, label="Pictures a class",
+                1, most, value=min(4, limits.images // len(start)), step=1, label="Pictures a class",
                 scale=2, elem_id="per-class",
             )  # fmt: skip
             seed = gr.Number(args.seed, precision=0, label="Seed", scale=1, elem_id="seed")
@@ -233,6 +239,8 @@ def _wire(library: Library, limits: Limits, common: tuple, sides: list[Controls]
     wanted: set[str] = set()  # sessions whose job may go on
 
     def begin(request: gr.Request):
+        if len(wanted) > MAX_WAITING:  # one of them is at work
+            raise gr.Error(f"{MAX_WAITING} jobs are waiting: try again in a while", print_exception=False)
         wanted.add(request.session_hash)
         return gr.update(interactive=False), gr.update(interactive=True), _hint("Waiting for its turn ..."), ""
 
@@ -242,12 +250,17 @@ def _wire(library: Library, limits: Limits, common: tuple, sides: list[Controls]
             chosen = [side.read(values, titles) for side in sides]
             pictures = _pictures(*(values[component] for component in common))
             rows = [names[label] for label in pictures.labels if 0 <= label < len(names)]
-            frames = [None, None]
+            drawn, urls = [None, None], ["", ""]
             for frames in run(library, chosen, pictures, limits, library.args.frames, lambda: session not in wanted):
-                drawn = [picture(frame, name, pictures, rows) for frame, name in zip(frames, "AB", strict=True)]
-                yield [*drawn, _hint("Sampling ..."), ""]
-            done = all(frame and frame.done for frame in frames)
-            yield [*unchanged, _hint("Done." if done else "Stopped."), comparison(frames, pictures, rows)]
+                sent = [placeholder("A"), placeholder("B")] if drawn[0] is None else [*unchanged]
+                for i, frame in enumerate(frames):
+                    if frame is not drawn[i]:
+                        urls[i] = data_url(frame.images, pictures.per_class, rows)
+                        sent[i] = picture(frame, urls[i], "AB"[i], pictures)
+                drawn = frames
+                yield [*sent, _hint("Sampling ..."), ""]
+            done = all(frame and frame.done for frame in drawn)
+            yield [*unchanged, _hint("Done." if done else "Stopped."), comparison(drawn, urls)]
         except torch.OutOfMemoryError:
             yield [*unchanged, _error("the device ran out of memory: choose fewer pictures"), ""]
         except (ValueError, TimeoutError) as error:
@@ -263,7 +276,7 @@ def _wire(library: Library, limits: Limits, common: tuple, sides: list[Controls]
 
     inputs = {*common, *(component for side in sides for component in side.inputs)}
     begun = start_button.click(begin, None, [start_button, stop_button, status, compared], **QUIET)
-    worked = begun.then(work, inputs, outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private")
+    worked = begun.success(work, inputs, outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private")
     worked.then(end, None, [start_button, stop_button], **QUIET)
     stop_button.click(stop, None, None, **QUIET)
     page.unload(stop)
@@ -283,7 +296,9 @@ def launch(page: gr.Blocks, args: Namespace, block: bool = True) -> str:
     try:
         address = _serve(page, args)
     except OSError as error:
-        raise ValueError(f"--host {args.host} --port {args.port} cannot be listened on: choose another port") from error
+        raise ValueError(
+            f"--host {args.host} --port {args.port} cannot be listened on: choose another port, or host"
+        ) from error
     print(f"{address} (Ctrl+C ends it)", flush=True)
     if block:
         page.block_thread()
@@ -291,9 +306,9 @@ def launch(page: gr.Blocks, args: Namespace, block: bool = True) -> str:
 
 
 def _serve(page: gr.Blocks, args: Namespace) -> str:
-    page.queue(max_size=16)
+    page.queue(max_size=None)  # it would count every event, and refuse even Stop: begin() counts the jobs
     _, address, _ = page.launch(
-        server_name=args.host,
+        server_name=f"[{args.host}]" if ":" in args.host else args.host,
         server_port=args.port,
         theme=gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS),
         css_paths=[Path(__file__).with_name("style.css")],

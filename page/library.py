@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ from models.checkpoints import Checkpoint, build_model, read_checkpoint
 from models.macs import multiply_accumulates
 from models.registry import build_network
 from models.stepwise import StepwiseNetwork, SwitchPolicy
+from page.settings import start_solver
 from runtime.distributed import check_precision
 from runtime.fetch import fetch
 from sampling.alike import COMMON, require_common
 from sampling.guidance_options import read_guidance
 from sampling.options import find_codec, make_ready
-from sampling.solver_options import build_sampler
 from sampling.switching import SHARED
 
 MAX_MODULATED = 8  # networks with AMM that are kept; they share the plain one's weights
@@ -48,17 +49,17 @@ class Library:
         self._modulated: dict[tuple[int, str], nn.Module] = {}
         for path in args.ckpt:
             self._add(read_checkpoint(fetch(path), args.weights, args.model))
-        build_sampler(args, self.checkpoints[0])  # what side A starts with
+        start_solver(args, self.checkpoints[0])
         read_guidance(args, self.checkpoints[0].objective)
 
     def _add(self, checkpoint: Checkpoint) -> None:
         same = {"num_classes": COMMON["num_classes"]}
         require_common((self.checkpoints or [checkpoint])[0], checkpoint, "the checkpoints of a page", same)
         network = self._ready(build_model(checkpoint, name=self.args.model))
-        checkpoint = replace(checkpoint, state={})  # the network holds the weights
         self._plain.append(network)
         self.codecs.append(self._codec(checkpoint))
-        self.checkpoints.append(checkpoint)
+        # The network holds the weights; and visitors, who read the path in messages, need not know the folder.
+        self.checkpoints.append(replace(checkpoint, state={}, path=Path(checkpoint.path.name)))
 
     def _codec(self, checkpoint: Checkpoint) -> Codec:
         """One for all checkpoints that name the same."""
@@ -71,7 +72,7 @@ class Library:
     def _ready(self, network: nn.Module) -> nn.Module:
         """On the device, in its precision; it counts what it does, and has done so once, so that no picture's time holds the
         start-up of libraries."""
-        network = make_ready(network.eval().to(self.device), self.args, varying_batch=len(self.args.ckpt) > 1)
+        network = make_ready(network.eval().to(self.device), self.args, varying_batch=True)
         forward, gmac = network.forward, multiply_accumulates(network.config) / 1e9
 
         def counted(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -82,8 +83,9 @@ class Library:
         network.forward = counted
         config = network.config
         with torch.inference_mode():
-            noise = torch.zeros(2, config.in_channels, config.input_size, config.input_size, device=self.device)
-            network(noise, torch.ones(2, device=self.device), torch.zeros(2, dtype=torch.long, device=self.device))
+            for count in (1, 2):  # if compiled, of one image and of several
+                noise = torch.zeros(count, config.in_channels, config.input_size, config.input_size, device=self.device)
+                network(noise, torch.ones(count, device=self.device), noise.new_zeros(count, dtype=torch.long))
         return network
 
     @property

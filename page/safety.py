@@ -4,6 +4,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from page.settings import LOCAL_HOSTS
 
@@ -28,10 +29,13 @@ class OwnPathsOnly:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_allowed(scope["path"]):
+        kind = scope["type"]
+        if kind == "lifespan" or (kind == "http" and is_allowed(scope["path"])):
+            await self.app(scope, receive, send)
+        elif kind == "http":
             await PlainTextResponse("not here", status_code=404)(scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            await WebSocketClose()(scope, receive, send)
 
 
 def middleware(host: str) -> list[Middleware]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from models.checkpoints import Checkpoint
 from runtime import cli
 from sampling.options import CKPT_HELP, add_sampling_arguments
-from sampling.samplers import GAUSSIAN_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, WATCHABLE_SOLVERS
-from sampling.solver_options import add_transport_arguments
+from sampling.samplers import GAUSSIAN_SOLVERS, SDE_SOLVERS, WATCHABLE_SOLVERS
+from sampling.solver_options import SDE_FLAGS, TRANSPORT_FLAGS, add_transport_arguments, build_sampler
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+ODE_METHOD = "heun"  # where the flags name none: the scripts' dopri5 cannot be watched
+STEPS = 50
 EVERYWHERE = (0.0, 1.0)  # noise levels
 
 
@@ -25,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     group.add_argument("--port", type=cli.number(int, 1, 65535), default=7860)
     group.add_argument("--max-images", type=cli.positive_int, default=32, help="of each setting, at most")
-    group.add_argument("--max-steps", type=cli.positive_int, default=250, help="of a solver, at most")
+    group.add_argument("--max-steps", type=cli.positive_int, default=250, help=f"of a solver, at most; it starts with {STEPS}")
     group.add_argument("--max-seconds", type=cli.positive_float, default=900.0, help="after which a job is stopped")
     group.add_argument(
         "--frames",
@@ -33,8 +35,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         default=12,
         help="pictures of the denoising, each to be decoded; 1 = the last only",
     )
-    parser.set_defaults(num_sampling_steps=50)
+    parser.set_defaults(num_sampling_steps=None)
     args = parser.parse_args(argv)
+    if args.num_sampling_steps is None:
+        args.num_sampling_steps = min(STEPS, args.max_steps)
+    args.host = args.host.strip("[]")  # around an IPv6 address
     if args.guide_ckpt:
         parser.error("--guide-ckpt: name the weaker checkpoint as another --ckpt, and choose it on the page")
     if args.num_sampling_steps > args.max_steps:
@@ -103,24 +108,36 @@ class Pictures:
         return [label for label in self.labels for _ in range(self.per_class)]
 
 
-def solver_names(checkpoint: Checkpoint, in_turn: bool = False) -> list[str]:
-    """For what the checkpoint was trained to predict; of a transport with the mode before it. in_turn: for models that take
-    turns, which are watched step by step."""
+def solver_names(checkpoint: Checkpoint) -> list[str]:
+    """For what the checkpoint was trained to predict; of a transport with the mode before it. All tell of every step: of others
+    a job could neither be watched nor stopped."""
     if checkpoint.objective["name"] == "gaussian":
         return list(GAUSSIAN_SOLVERS)
-    return [f"SDE {name}" for name in SDE_SOLVERS] + [f"ODE {name}" for name in (WATCHABLE_SOLVERS if in_turn else ODE_SOLVERS)]
+    return [f"SDE {name}" for name in SDE_SOLVERS] + [f"ODE {name}" for name in WATCHABLE_SOLVERS]
+
+
+def start_solver(args: Namespace, checkpoint: Checkpoint) -> str:
+    """The one of :func:`solver_names` that the flags name. Raises ValueError for flags that do not fit the checkpoint."""
+    named = build_sampler(args, checkpoint, ode_method=ODE_METHOD).settings
+    gaussian = checkpoint.objective["name"] == "gaussian"
+    return _offered(named["solver"] if gaussian else f"{named['sampler']} {named['solver']}", checkpoint)
+
+
+def _offered(solver: str, checkpoint: Checkpoint) -> str:
+    names = solver_names(checkpoint)
+    if solver not in names:
+        raise ValueError(f"solver {solver!r} cannot be watched with this checkpoint: choose one of {', '.join(names)}")
+    return solver
 
 
 def flags(base: Namespace, side: Side, checkpoint: Checkpoint, limits: Limits) -> Namespace:
-    """The command line of the sampling scripts that says the same. Raises ValueError for settings out of range."""
-    fitting = solver_names(checkpoint, in_turn=side.model is None)
-    if side.solver not in fitting:
-        raise ValueError(f"solver {side.solver!r} does not fit the checkpoint: choose one of {', '.join(fitting)}")
+    """The command line of the sampling scripts that says the same, without what ``base`` says of other mathematics. Raises
+    ValueError for settings out of range."""
+    *mode, solver = _offered(side.solver, checkpoint).split()
     if not 1 <= side.steps <= limits.steps:
         raise ValueError(f"{side.steps} steps: this page takes 1 to {limits.steps} (--max-steps)")
     if not 0 <= side.cfg_scale < float("inf"):
         raise ValueError(f"guidance scale {side.cfg_scale}: choose a number of at least 0; 1 is no guidance")
-    *mode, solver = side.solver.split()
     guided = side.cfg_scale != 1
     low, high = side.interval
     if guided and not 0 <= low < high <= 1:
@@ -138,4 +155,5 @@ def flags(base: Namespace, side: Side, checkpoint: Checkpoint, limits: Limits) -
         "guidance_interval": side.interval if guided and side.interval != EVERYWHERE else None,
         "cfg_power": side.power if guided else None,
     }
-    return Namespace(**{**vars(base), **chosen})
+    meaningless = {None: TRANSPORT_FLAGS, "ODE": SDE_FLAGS, "SDE": ()}[chosen["mode"]]  # given for another side
+    return Namespace(**{**vars(base), **dict.fromkeys(meaningless), **chosen})

@@ -16,6 +16,11 @@ def picture(text: str) -> Path:
     return Path(text)
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib shows as it is: between two dollars it would read TeX."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure, path: str | os.PathLike, dpi: int = 110) -> None:
     """figure: a :class:`matplotlib.figure.Figure`. dpi: pixels an inch, of a PNG and of images in the other formats."""
     with atomic_file(path) as file:

@@ -79,12 +79,13 @@ def test_maps_of_mediators(mediators, layers):
             continue
         assert isinstance(attention, MediatorAttention) and isinstance(found, MediatorMap)
         assert found.gather.shape == (2, 3, mediators, 64) and found.read.shape == (2, 3, 64, mediators)
-        for weights in (found.gather, found.read, found.joint):
+        joint = found.read @ found.gather
+        for weights in (found.gather, found.read, joint):
             assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]).double())
         v = attention.qkv(x).chunk(3, dim=2)[2]
         image = v.transpose(1, 2).unflatten(2, (8, 8))
         convolved = attention.dwc(image).flatten(2).transpose(1, 2)
-        attended = (found.joint @ heads(attention, v)).transpose(1, 2).flatten(2)
+        attended = (joint @ heads(attention, v)).transpose(1, 2).flatten(2)
         assert_close(attention.proj(attended + convolved), out, rtol=1e-5, atol=1e-5)
 
 

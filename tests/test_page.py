@@ -1,5 +1,6 @@
 """page: what the page makes is what the scripts make, frame by frame, and what it cannot make is said in a line."""
 
+import asyncio
 import base64
 import dataclasses
 import io
@@ -13,13 +14,13 @@ from PIL import Image
 
 import inference
 from models.checkpoints import describe
-from page import figures
+from page import html
 from page.job import Frame, recipe, run
 from page.library import Library
-from page.safety import is_allowed
-from page.settings import Limits, Pictures, Side, parse, solver_names
+from page.safety import OwnPathsOnly, is_allowed
+from page.settings import Limits, Pictures, Side, parse, solver_names, start_solver
 from page.turns import in_turns
-from sampling.generate import generate
+from sampling.generate import evenly_spread, generate
 from sampling.grids import draw_grid
 from tests.edt_checkpoints import random_checkpoint, random_edt
 from tests.sit_checkpoints import random_checkpoint as random_sit
@@ -116,6 +117,11 @@ def test_frames_are_the_previews_of_the_iterator(library):
     assert np.array_equal(frames[-1].images, batch.images)
 
 
+def test_the_steps_that_are_shown():
+    assert evenly_spread(6, 4) == {1, 3, 4, 6} and evenly_spread(3, 9) == {1, 2, 3}
+    assert evenly_spread(6, 1) == {6} and evenly_spread(6, 0) == set()
+
+
 def test_equal_settings_give_equal_pictures(library):
     a, b = made(library, GUIDED, dataclasses.replace(GUIDED), num_frames=1)
     assert len(a) == len(b) == 1 and np.array_equal(a[0].images, b[0].images)
@@ -141,7 +147,7 @@ def test_amm_needs_no_file_and_no_second_copy(checkpoint, tmp_path):
         ({"per_class": 5}, r"10 pictures; this page makes at most 8 \(--max-images\)"),
         ({"per_class": 0}, "choose at least one"),
         ({"seed": -1}, "seed -1: choose a whole number"),
-        ({"solver": "dopri5"}, "solver 'dopri5' does not fit the checkpoint: choose one of ancestral, ddim"),
+        ({"solver": "dopri5"}, "solver 'dopri5' cannot be watched with this checkpoint: choose one of ancestral, ddim"),
         ({"steps": 21}, r"21 steps: this page takes 1 to 20 \(--max-steps\)"),
         ({"steps": 0}, "0 steps"),
         ({"cfg_scale": -1.0}, "guidance scale -1"),
@@ -219,7 +225,7 @@ def test_several_checkpoints(mixed, turning, stages, checkpoint, tmp_path):
     assert weaker[-1].evaluations == 2 * sit[-1].evaluations
     with pytest.raises(ValueError, match="a model and its guide must share it"):
         recipe(mixed, dataclasses.replace(guided, guide=2), LIMITS)
-    with pytest.raises(ValueError, match="solver 'ODE dopri5' does not fit"):
+    with pytest.raises(ValueError, match="solver 'ODE dopri5' cannot be watched"):
         recipe(turning, Side(model=None, solver="ODE dopri5", steps=4, ratios=(0.5,)), LIMITS)
     with pytest.raises(ValueError, match=r"2 models need 1 switch ratio"):
         recipe(turning, Side(model=None, solver="SDE euler", steps=4), LIMITS)
@@ -231,6 +237,51 @@ def test_every_solver_that_is_offered(mixed):
         assert len(names) >= 6 and len(set(names)) == len(names)
         for name in names:
             assert recipe(mixed, Side(model=model, solver=name, steps=6), LIMITS).sampler.num_steps > 0
+
+
+def test_what_the_flags_start_with(mixed):
+    sit, _, edt = mixed.checkpoints
+    for flags, checkpoint, expected in (
+        ("", sit, "SDE euler"),
+        ("--mode SDE --sampling-method Heun", sit, "SDE heun"),
+        ("--solver ab2", sit, "ODE ab2"),
+        ("--solver euler", sit, "ODE euler"),
+        ("--mode ODE --sampling-method heun2", sit, "ODE heun"),
+        ("--mode ODE", sit, "ODE heun"),
+        ("", edt, "ancestral"),
+        ("--ddim", edt, "ddim"),
+        ("--solver unipc", edt, "unipc"),
+    ):
+        assert start_solver(parse(["--ckpt", "a", *flags.split()]), checkpoint) == expected
+    with pytest.raises(ValueError, match="solver 'ODE dopri5' cannot be watched with this checkpoint: choose one of SDE euler"):
+        start_solver(parse(["--ckpt", "a", "--solver", "dopri5"]), sit)
+
+
+def test_flags_hold_where_they_mean_something(stages, checkpoint):
+    """Those of the SDE say nothing of the ODE beside it, those of transports nothing of Gaussian diffusion."""
+    given = ["--diffusion-form", "linear", "--last-step", "Euler", "--sample-eps", "0.01"]
+    library = library_of(stages[0], checkpoint, flags=given)
+    sde, ode, gaussian = (
+        recipe(library, Side(model=model, solver=solver, steps=4), LIMITS).sampler.settings
+        for model, solver in ((0, "SDE euler"), (0, "ODE ab2"), (1, "ddim"))
+    )
+    assert sde["diffusion_form"] == "linear" and sde["last_step"] == "Euler" and sde["sample_eps"] == 0.01
+    assert ode["sample_eps"] == 0.01 and ode["solver"] == "ab2" and gaussian["solver"] == "ddim"
+
+
+def test_a_message_names_no_folder(mixed):
+    side = Side(model=1, solver="ODE ab2", steps=4, cfg_scale=1.5, guide=2)
+    with pytest.raises(ValueError, match=r"4\.pt has .*edt\.pt|edt\.pt has .*4\.pt") as error:
+        recipe(mixed, side, LIMITS)
+    assert "/" not in str(error.value)
+
+
+def test_a_compiled_network_meets_any_number_of_images(checkpoint, monkeypatch):
+    """One graph serves them all: a graph for each would be made while a visitor waits, until the compiler gives up."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append(options["dynamic"]) or forward)
+    library_of(checkpoint, flags=["--compile"])
+    assert asked == [None]
 
 
 def test_checkpoints_of_other_classes_are_refused(checkpoint, tmp_path):
@@ -252,7 +303,8 @@ def test_flags_of_the_page(capsys):
         with pytest.raises(SystemExit) as exit_:
             parse(argv)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
-    assert parse(["--ckpts", "a", "b"]).host == "127.0.0.1"
+    assert parse(["--ckpts", "a", "b"]).host == "127.0.0.1" and parse(["--ckpt", "a", "--host", "[::1]"]).host == "::1"
+    assert [parse(["--ckpt", "a", *flags]).num_sampling_steps for flags in ([], ["--max-steps", "20"])] == [50, 20]
 
 
 def test_flags_that_do_not_fit_the_checkpoint(checkpoint):
@@ -267,15 +319,16 @@ def test_flags_that_do_not_fit_the_checkpoint(checkpoint):
 
 def test_a_picture_is_the_contact_sheet(rng):
     images = rng.integers(0, 256, (4, 16, 16, 3), np.uint8)
-    url = figures.data_url(images, 2, ["3", "1"])
+    url = html.data_url(images, 2, ["3", "1"])
     decoded = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     assert url.startswith("data:image/png;base64,") and np.array_equal(decoded, draw_grid(images, 2, ["3", "1"]))
     frame = Frame(5, 5, images, 1.0, 5.0, 0.1, done=True)
     other = dataclasses.replace(frame, images=np.where(np.arange(4)[:, None, None, None] < 3, images, 255 - images))
-    text = figures.comparison([frame, other], PICTURES, ["3", "1"])
-    assert "<b>3</b> of 4 pictures are the same" in text
-    assert figures.comparison([frame, dataclasses.replace(frame, done=False)], PICTURES, []) == ""
-    assert "<script>" not in figures.heading("<script>", ["<script>"])
+    text = html.comparison([frame, other], [url, "data:other"])
+    assert "<b>3</b> of 4 pictures are the same" in text and url in text and "data:other" in text
+    assert html.comparison([frame, dataclasses.replace(frame, done=False)], [url, url]) == ""
+    assert html.picture(frame, url, "A", PICTURES).count(url) == 1
+    assert "<script>" not in html.heading("<script>", ["<script>"])
 
 
 def test_what_the_page_answers_to():
@@ -284,6 +337,28 @@ def test_what_the_page_answers_to():
     refused = ["/gradio_api/file=/etc/passwd", "/gradio_api/upload", "/gradio_api/proxy=http://x", "/gradio_api/run/work",
                "/docs", "/gradio_api/info", "/file=/etc/passwd", "/monitoring", "/gradio_api/vibe-edit/", "/login"]  # fmt: skip
     assert not any(map(is_allowed, refused))
+
+
+@pytest.mark.parametrize(
+    ("scope", "answer"),
+    [
+        ({"type": "lifespan"}, "passed on"),
+        ({"type": "http", "path": "/config"}, "passed on"),
+        ({"type": "http", "path": "/upload", "method": "GET", "headers": []}, 404),
+        ({"type": "websocket", "path": "/config"}, "websocket.close"),
+    ],
+)
+def test_only_pages_are_passed_on(scope, answer):
+    sent = []
+
+    async def app(scope, receive, send) -> None:
+        sent.append({"type": "passed on"})
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    asyncio.run(OwnPathsOnly(app)(scope, None, send))
+    assert sent[0].get("status", sent[0]["type"]) == answer
 
 
 def test_turns():

@@ -11,13 +11,13 @@ from torch.testing import assert_close
 
 from data.codec import PixelCodec, load_codec
 from diffusion.transport.paths import PATHS
-from models.checkpoints import build_model, read_checkpoint
+from models.checkpoints import build_model, describe, read_checkpoint
 from models.inference import prepare
 from runtime.cli import ArgumentParser
-from sampling.generate import generate
+from sampling.generate import Guidance, generate
 from sampling.preview import quick_sampler
 from sampling.probes import Probe, add_probe_arguments, make_probe, noised
-from tests import edt_checkpoints, sit_checkpoints
+from tests import edt_checkpoints, mdt_networks, sit_checkpoints
 
 CODEC = PixelCodec(torch.device("cpu"))
 
@@ -75,13 +75,30 @@ def test_fresh_images_are_the_network_s_own(edt):
     assert torch.equal(probe.latents, again.latents)
 
 
+def test_guidance_of_a_transport_has_no_power(tmp_path):
+    """An MDTv2 trained as a transport was guided by the power-cosine of Gaussian diffusion's noise."""
+    objective = {"name": "transport", "path_type": "Linear", "prediction": "velocity"}
+    model = mdt_networks.random_model(in_channels=3)
+    config = describe("MDTv2-S/2", model.config, codec={"name": "pixels", "scale": 1.0}, class_names=(), objective=objective)
+    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "config": config, "step": 1}, tmp_path / "mdt.pt")
+    checkpoint = read_checkpoint(tmp_path / "mdt.pt")
+    network, sampler = prepare(build_model(checkpoint)), quick_sampler(checkpoint.objective, 4)
+    probe = made((checkpoint, network), "--num-images", 2, "--num-sampling-steps", 4, "--cfg-scale", 3)
+    for power in (0.0, 4.0):
+        guidance = Guidance(3.0, power=power)
+        [batch] = generate(network, sampler, CODEC, range(2), labels=lambda i: i, seed=0, guidance=guidance)
+        assert np.array_equal(probe.images, batch.images.numpy()) == (power == 0)
+
+
 def test_data_that_do_not_fit(edt, ten, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 32, 32, 3), np.uint8))
     np.savez(tmp_path / "outside.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8), arr_1=np.arange(9) + 5)
+    np.savez(tmp_path / "null.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8), arr_1=np.arange(8) + 3)
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8), arr_1=np.arange(3))
     for argv, message in (
         (("--data", tmp_path / "large.npz"), r"large.npz: arr_0 is uint8 \(9, 32, 32, 3\); the checkpoint takes .*16, 16, 3"),
-        (("--data", tmp_path / "outside.npz"), "label 12, but .* has classes 0 to 9"),
+        (("--data", tmp_path / "outside.npz"), "label 10, but .* has classes 0 to 9"),
+        (("--data", tmp_path / "null.npz"), "label 10, but .* has classes 0 to 9"),  # not "no label", if it is stated
         (("--data", tmp_path / "few.npz"), "not one label for each of 9 images"),
         (("--data", ten, "--num-images", 11), "holds 10 images, fewer than --num-images 11"),
         (("--data", ten, "--cfg-scale", 2), "--cfg-scale 2.0 means nothing to images of --data"),

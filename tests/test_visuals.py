@@ -227,7 +227,7 @@ def test_mediators_side_by_side(tmp_path):
         assert_allclose(gathered[-8:, -8:].ravel(), 64 * last, rtol=1e-5)
         assert_allclose(np.nansum(gathered), 64 * number, rtol=1e-5)
         assert_allclose(np.nansum(read), 64 * number, rtol=1e-5)
-        assert_allclose(joint.ravel(), 64 * found.joint[0].mean(0)[36].numpy(), rtol=1e-5)
+        assert_allclose(joint.ravel(), 64 * (found.read @ found.gather)[0].mean(0)[36].numpy(), rtol=1e-5)
     save_figure(figure, tmp_path / "picture.png", dpi=40)
     with Image.open(tmp_path / "picture.png") as picture:
         picture.load()
@@ -294,7 +294,7 @@ def test_what_the_rows_do_not_tell():
 
 def test_the_plot_shows_shares_and_switches(tmp_path):
     folder = folder_of(tmp_path / "a")
-    ode = folder_of(tmp_path / "b", settings={"sampler": "Gaussian", "num_sampling_steps": 12})
+    ode = folder_of(tmp_path / "b", settings={"sampler": "ODE", "num_steps": 13})
     figure = show_switching.show([folder, ode], ["first", "second"], ["M = 4", "M = 16", "M = 64"])
     above, other, below, _ = figure.get_axes()
     tops = np.array([patch.get_data().values for patch in above.patches])
@@ -328,6 +328,13 @@ def test_switching_of_real_samples(tmp_path):
     show_switching.main([str(tmp_path / "samples"), "--out", str(tmp_path / "switching.png")])
     with Image.open(tmp_path / "switching.png") as picture:
         picture.load()
+
+
+def test_dollars_are_no_formula(tmp_path):
+    """A traceback of matplotlib's parser, for names and for a folder's path."""
+    folder = folder_of(tmp_path / r"$\foo$")
+    show_switching.main([str(folder), "--out", str(tmp_path / "a.svg"), "--models", r"$\bar$", "b_$", "$"])
+    show_switching.main([str(folder), "--out", str(tmp_path / "b.svg"), "--titles", r"$\frac$"])
 
 
 def test_folders_that_cannot_be_drawn(tmp_path):

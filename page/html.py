@@ -15,21 +15,19 @@ SHOWN_PIXELS = 560  # a side's width in the page: a wider sheet is shrunk, which
 
 
 def data_url(images: np.ndarray, columns: int, titles: list[str]) -> str:
-    """The contact sheet of images (N, H, W, 3) uint8 as the URL of a PNG."""
+    """The contact sheet of images (N, H, W, 3) uint8 as the URL of a PNG. titles: of the rows."""
     file = io.BytesIO()
     draw_grid(images, columns, titles).save(file, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def picture(frame: Frame | None, side: str, pictures: Pictures, titles: list[str]) -> str:
-    """side: A or B. titles: of the rows."""
-    if frame is None:
-        return placeholder(side)
-    url = data_url(frame.images, pictures.per_class, titles)
+def picture(frame: Frame, url: str, side: str, pictures: Pictures) -> str:
+    """url: of the frame's sheet. side: A or B."""
     wide = pictures.per_class * max(frame.images.shape[2], MIN_SIDE) > SHOWN_PIXELS
     marks = f'id="picture-{side}" class="{"wide" if wide else ""}" data-step="{frame.step}" data-done="{int(frame.done)}"'
     image = f'<img {marks} alt="side {side}, step {frame.step} of {frame.num_steps}" src="{url}">'
-    save = f'<a class="save" download="{side}-seed{pictures.seed}.png" href="{url}">Save PNG</a>' if frame.done else ""
+    take = f"this.href = document.getElementById('picture-{side}').src"  # a URL is long: it is sent once
+    save = f'<a class="save" download="{side}-seed{pictures.seed}.png" href="#" onclick="{take}">Save PNG</a>' * frame.done
     bar = f'<div class="bar"><div style="width:{frame.step / frame.num_steps:.0%}"></div></div>'
     return f"<figure>{bar}{image}<figcaption>{caption(frame)}{save}</figcaption></figure>"
 
@@ -52,8 +50,8 @@ def caption(frame: Frame) -> str:
     return "<span>" + "</span><span>".join(facts) + "</span>"
 
 
-def comparison(frames: list[Frame | None], pictures: Pictures, titles: list[str]) -> str:
-    """Both pictures in one place, and how far they are apart; nothing until both are finished."""
+def comparison(frames: list[Frame | None], urls: list[str]) -> str:
+    """Both pictures in one place, and how far they are apart; nothing until both are finished. urls: of their sheets."""
     if not all(frame and frame.done for frame in frames):
         return ""
     a, b = frames
@@ -61,7 +59,6 @@ def comparison(frames: list[Frame | None], pictures: Pictures, titles: list[str]
         return '<p class="hint">The two sides have different resolutions.</p>'
     difference = np.abs(a.images.astype(np.int16) - b.images)
     same = int((difference.reshape(len(difference), -1).max(1) == 0).sum())
-    urls = [data_url(frame.images, pictures.per_class, titles) for frame in frames]
     images = "".join(f'<img alt="{side}" src="{url}">' for side, url in zip("AB", urls, strict=True))
     return (
         '<figure class="flip" tabindex="0"><p class="hint">Point at it: <b>A</b> turns into <b>B</b>.</p>'
