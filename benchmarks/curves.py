@@ -41,8 +41,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=cli.positive_int, default=500, help=f"a multiple of {PARTS * LOG_EVERY}")
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help="how many of each precision, at least 2")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the section is written there, curves.png beside it")
+    parser.add_argument(
+        "--out", type=Path, help="the section is written there, curves.png beside it (default: benchmarks/RESULTS.md)"
+    )
     args = parser.parse_args(argv)
+    args.out = args.out or RESULTS
     if args.steps % (PARTS * LOG_EVERY):
         parser.error(f"--steps {args.steps} must be a multiple of {PARTS * LOG_EVERY}: {PARTS} parts of whole log lines")
     if args.seeds < 2:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.launch import ROOT
 from tests.parsers import parser_of, scripts, with_subparsers
 from tests.shared import GOLDEN
 
@@ -23,6 +24,7 @@ def test_help(script, monkeypatch):
     if parser is None:
         pytest.skip("it hands its arguments to another script")
     text = "\n".join(one.format_help() for one in with_subparsers(parser))
+    assert str(ROOT) not in text  # the same wherever the repository lies
     file = golden_file(script)
     if os.environ.get("UPDATE_HELP"):
         FOLDER.mkdir(exist_ok=True)
