@@ -118,6 +118,15 @@ def carried_statistics(path: str, statistics: str, has_images: bool) -> Statisti
     return {}
 
 
+def note_other_features(path: str, flag: str, asked: str) -> None:
+    """A remark where a reference was made with others than Inception's features, before this is fetched, perhaps in vain."""
+    if asked != INCEPTION or FEATURES_KEY not in npz_keys(path):
+        return
+    owner = _owner(path)
+    if not owner.startswith(INCEPTION):
+        note(f"{path} was made with --features {owner}, and {flag} is {asked}: {flag} {owner} compares by the same")
+
+
 def _owner(path: str) -> str:
     """Whose statistics a reference carries: ``features``, a text."""
     owner = read_array(path, FEATURES_KEY)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 try:
-    from evaluations.batches import NEIGHBOUR, check_pair, read_labels
+    from evaluations.batches import NEIGHBOUR, check_pair, note_other_features, read_labels
     from evaluations.extraction import load_reference, load_samples
     from evaluations.features import INCEPTION, add_features_arguments, load_extractor
     from evaluations.scores import DENSITY_NEIGHBOUR, Requests, compute, lines, products_device
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         for target in (args.json, args.cache and os.path.join(args.cache, "file")):
             if target and state.is_main_process:
                 check_writable(target)
+        note_other_features(args.ref, "--features", args.features)
     extractor = load_extractor(args, state)
     ref = load_reference(args.ref, ref_shape[0] if ref_shape else 0, extractor, args.batch_size, state, args.cache)
     samples = load_samples(args.samples, rows, extractor, args.batch_size, state)

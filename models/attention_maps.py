@@ -43,7 +43,13 @@ class MediatorMap:
 
 
 def map_of(attention: BiasedAttention, x: Tensor, bias: Tensor | tuple[Tensor, ...] | None) -> AttentionMap | MediatorMap:
-    """x and bias: what ``attention.forward`` is called with."""
+    """x and bias: what ``attention.forward`` is called with. Raises ValueError for an attention that does not say what it
+    multiplies."""
+    if not hasattr(attention, "operands"):
+        raise ValueError(
+            f"{type(attention).__name__} has no operands(x, bias) -> (q, k, v, bias), from which its map is drawn: write it, "
+            "or choose other blocks"
+        )
     if isinstance(attention, MediatorAttention):
         q, mediators, k, _, gather_bias, read_bias = attention.operands(x, bias)
         gather = attention_probabilities(mediators, k, gather_bias)

@@ -131,6 +131,16 @@ def test_statistics_of_other_features(files, evaluate, capsys, fails):
     assert re.search(r"carries statistics of --features inception and no images, they do not compare with pixels", message)
 
 
+def test_features_of_the_reference_are_named_before_others_are_fetched(files, capsys):
+    folder, ref, _ = files
+    np.savez(folder / "pixels.npz", arr_0=ref, mu=np.zeros(48), sigma=np.eye(48), features=np.array("pixels"))
+    argv = [folder / "pixels.npz", folder / "samples.npz", "--inception-weights", folder / "missing"]
+    with pytest.raises(ValueError, match="missing"):
+        evaluator.main([*map(str, argv)])
+    noted = capsys.readouterr().err
+    assert "was made with --features pixels, and --features is inception: --features pixels compares by the same" in noted
+
+
 def test_statistics_that_do_not_fit(files, fails):
     folder, ref, _ = files
     for mu, sigma, message in [

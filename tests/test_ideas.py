@@ -9,6 +9,7 @@ from diffusion.transport.paths import PATHS
 from examples.ideas import long_skips, run_script, shifted_path, window_attention
 from models import create_model
 from models.attention import Attention
+from models.attention_maps import attention_maps
 from models.checkpoints import build_model, describe, read_checkpoint
 from models.registry import CONFIGS, FAMILIES
 from tests.shared import perturb
@@ -99,3 +100,20 @@ def test_its_ode_reaches_a_gaussian():
 def test_what_is_no_script(name):
     with pytest.raises(ValueError, match="is no script of this repository"):
         run_script([name])
+
+
+def test_modules_that_python_m_runs(capsys):
+    run_script(["models", "--image-size", "64"])
+    assert "EDT-S/2" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        run_script(["models.show_amm", "--help"])
+    assert "--queries" in capsys.readouterr().out
+
+
+def test_an_attention_without_operands_has_no_map():
+    model = create_model("DiT-Ti/2-window").eval()
+    config = model.config
+    x = torch.randn(1, config.in_channels, config.input_size, config.input_size)
+    assert 1 in attention_maps(model, [1], x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"WindowAttention has no operands\(x, bias\)"):
+        attention_maps(model, [0], x, torch.zeros(1), torch.zeros(1, dtype=torch.long))

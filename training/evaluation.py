@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.codec import Codec
-from evaluations.batches import NEIGHBOUR, reference_shape
+from evaluations.batches import NEIGHBOUR, note_other_features, reference_shape
 from evaluations.extraction import FeatureRows, Side, extract_batches, load_reference, note_small_set, side_of
 from evaluations.features import INCEPTION, KINDS, Extractor, features_name, load_extractor
 from evaluations.scores import Requests, compute, products_device
@@ -204,6 +204,7 @@ def open_evaluation(args: Namespace, config: dict, model: nn.Module, state: Part
                 f"--eval-ref {args.eval_ref} holds images of {ref_shape[1]} x {ref_shape[2]} pixels, the run's have {size}: "
                 f"make one with evaluations/reference.py --image-size {size}"
             )
+        note_other_features(args.eval_ref, "--eval-features", args.eval_features)
         labels = label_source(LABELS, config["model_config"]["num_classes"], args.seed, args.eval_samples)
         sampler = fast_sampler(config["objective"], args.eval_steps)
     weights = {"inception_weights": args.inception_weights, "timm_weights": args.timm_weights}
