@@ -31,7 +31,7 @@ from sampling.solver_options import add_transport_arguments, build_sampler
 
 SEEDS = (0, 1, 2)
 FACTS = "settings.json"  # what the figures in a folder are of
-CALLS = (5, 8, 12, 24)
+CALLS = (5, 8, 24)
 # Each with the part of its axis that is drawn: few-step failures lie far outside.
 FIGURES = (
     ("label_agreement", "samples the classifier reads as their label", (0.84, 1.01)),
