@@ -130,11 +130,13 @@ class DiT(GuidedNetwork):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.pos_embed = fixed_table(width, config.grid)
-        self.blocks = nn.ModuleList(
-            Block(width, width, self._attention(i, amm), config.mlp_ratio) for i in range(config.depth)
-        )  # fmt: skip
+        self.blocks = nn.ModuleList(self._block(i, amm) for i in range(config.depth))
         self.final_layer = FinalLayer(width, width, config.patch_size, config.computed_channels)
         init_weights(self, config.label_std)
+
+    def _block(self, index: int, amm: AMM | None) -> Block:
+        width = self.config.width
+        return Block(width, width, self._attention(index, amm), self.config.mlp_ratio)
 
     def _attention(self, block: int, amm: AMM | None) -> BiasedAttention:
         config = self.config
@@ -150,6 +152,10 @@ class DiT(GuidedNetwork):
         check_latents(x, self.config)
         c = self.t_embedder(t) + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
+        return self.final_layer(self._through_blocks(x, c), c)[:, : self.config.out_channels]
+
+    def _through_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D) tokens, c (B, D) conditions -> (B, N, D)."""
         for block in self.blocks:
             x = block(x, c, block.attn.score_bias())
-        return self.final_layer(x, c)[:, : self.config.out_channels]
+        return x
